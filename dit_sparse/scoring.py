@@ -1,0 +1,217 @@
+"""What ranks key blocks for a query block: pooled scores, sampled rows, and the exact attention mass (the oracle).
+
+All results are float32. Activations are (B, L, H, D); padding slots of a layout are never read into a result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from .blocklayout import BlockLayout
+
+_NUMBERS_AT_ONCE = 2**26  # float32 numbers of a temporary: 256 MB
+
+
+def head_chunks(heads: int, numbers_per_head: int) -> Iterator[slice]:
+    """Slices of heads whose temporaries, of so many float32 numbers per head, stay near 256 MB."""
+    step = max(1, _NUMBERS_AT_ONCE // max(1, numbers_per_head))
+    for start in range(0, heads, step):
+        yield slice(start, min(start + step, heads))
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens at the index; zeros where it is -1. (B, L, H, D), (n,) or (B|1, H|1, n) -> (B, n, H, D)"""
+    batch, _, heads, dim = x.shape
+    token = index.clamp(min=0)
+    if index.dim() == 1:
+        return x.index_select(1, token).masked_fill_((index < 0)[:, None, None], 0)
+    token = token.expand(batch, heads, -1).transpose(1, 2)[..., None]
+    padding = (index < 0).expand(batch, heads, -1).transpose(1, 2)[..., None]
+    return x.gather(1, token.expand(-1, -1, -1, dim)).masked_fill_(padding, 0)
+
+
+def to_slots(x: Tensor, layout: BlockLayout) -> Tensor:
+    """The tokens in slot order, zeros at padding: (B, L, H, D) -> (B, slots, H, D)."""
+    return _gather(x, layout.token_of_slot)
+
+
+def _block_sums(x: Tensor, layout: BlockLayout) -> Tensor:
+    """Sum of every block's tokens: (B, L, H, D) -> float32 (B, n, H, D)."""
+    size = layout.block_size
+    if layout.index is None:
+        full = layout.tokens // size
+        sums = [x[:, : full * size].unflatten(1, (full, size)).sum(2, dtype=torch.float32)] if full else []
+        if layout.tokens % size:
+            sums.append(x[:, full * size :].sum(1, keepdim=True, dtype=torch.float32))
+        return torch.cat(sums, dim=1)
+    step = max(1, _NUMBERS_AT_ONCE // (size * x[:, 0].numel())) * size
+    parts = layout.index.split(step, dim=-1)
+    return torch.cat([_gather(x, p).unflatten(1, (-1, size)).sum(2, dtype=torch.float32) for p in parts], dim=1)
+
+
+def pool(x: Tensor, layout: BlockLayout, *, mask: Tensor | None = None) -> Tensor:
+    """Mean of the real tokens of every block.
+
+    Args:
+        x: (B, L, H, D).
+        layout: how the L tokens sit in blocks.
+        mask: bool (B, L), True where the token is real, or None when all are.
+
+    Returns:
+        float32 (B, H, n, D); zeros for a block without real tokens.
+    """
+    if x.shape[1] != layout.tokens:
+        raise ValueError(f"pool: x has {x.shape[1]} tokens, the layout {layout.tokens}")
+    counts = layout.lengths[:, None, None]
+    if mask is not None:
+        x = x.masked_fill(~mask[..., None, None], 0)
+        ones = mask[..., None, None].to(torch.float32).expand(-1, -1, x.shape[2], 1)
+        counts = _block_sums(ones, layout)
+    return (_block_sums(x, layout) / counts.clamp(min=1)).transpose(1, 2)
+
+
+def pooled_scores(
+    query: Tensor,
+    key: Tensor,
+    query_layout: BlockLayout,
+    key_layout: BlockLayout,
+    scale: float,
+    *,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """Mean query times mean key of every pair of blocks, times the softmax scale.
+
+    Args:
+        query: (B, Lq, H, D); key: (B, Lk, H, D).
+        query_layout, key_layout: how they sit in blocks.
+        scale: softmax scale.
+        key_mask: bool (B, Lk), True where the key is a real token.
+
+    Returns:
+        float32 (B, H, nq, nk): for one head chunk at a time, see `select_pooled`.
+    """
+    block_query = pool(query, query_layout) * scale
+    return block_query @ pool(key, key_layout, mask=key_mask).transpose(-1, -2)
+
+
+def select_pooled(
+    query: Tensor,
+    key: Tensor,
+    query_layout: BlockLayout,
+    key_layout: BlockLayout,
+    scale: float,
+    select: Callable[[Tensor], Tensor],
+    *,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """Pooled scores turned into a keep map, chunk of heads by chunk of heads.
+
+    Args:
+        query, key, query_layout, key_layout, scale, key_mask: as in `pooled_scores`.
+        select: float32 (B, h, nq, nk) scores of h heads -> bool of the same shape.
+
+    Returns:
+        bool (B, H, nq, nk).
+    """
+    block_query = pool(query, query_layout) * scale
+    block_key = pool(key, key_layout, mask=key_mask).transpose(-1, -2)
+    numbers = 4 * query.shape[0] * query_layout.blocks * key_layout.blocks
+    chunks = head_chunks(query.shape[2], numbers)
+    return torch.cat([select(block_query[:, heads] @ block_key[:, heads]) for heads in chunks], dim=1)
+
+
+def sampled_row_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    rows: Tensor,
+    scale: float,
+    *,
+    allowed: Tensor | None = None,
+    key_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of a few query rows to all keys; for many heads call it per `head_chunks`.
+
+    The products run in the activations' dtype, as attention itself does; the softmax in float32.
+
+    Args:
+        query: (B, Lq, H, D); key: (B, Lk, H, D); value: (B, Lk, H, Dv), or None when no output is wanted.
+        rows: int64 (R,), query tokens, or (B|1, H|1, R) for rows per head.
+        scale: softmax scale.
+        allowed: bool that broadcasts to (B, H, R, Lk): softmax over these keys only.
+        key_mask: bool (B, Lk), True where the key is a real token.
+
+    Returns:
+        Probabilities, float32 (B, H, R, Lk), all zero for a row without a key; and outputs, float32
+        (B, H, R, Dv), or None.
+    """
+    if key_mask is not None:
+        real = key_mask[:, None, None, :]
+        allowed = real if allowed is None else allowed & real
+    # [B, H, R, D] x [B, H, D, Lk]
+    logits = (_gather(query, rows).transpose(1, 2) @ key.permute(0, 2, 3, 1)).to(torch.float32) * scale
+    if allowed is not None:
+        logits = logits.masked_fill_(~allowed, float("-inf"))
+    probs = logits.softmax(-1)
+    if allowed is not None:
+        probs = probs.masked_fill_(~allowed, 0)  # also rows without a key, where softmax gives NaN
+    if value is None:
+        return probs, None
+    if key_mask is not None:
+        value = value.masked_fill(~key_mask[..., None, None], 0)
+    return probs, (probs.to(value.dtype) @ value.transpose(1, 2)).to(torch.float32)
+
+
+def block_mass(
+    query: Tensor,
+    key: Tensor,
+    query_layout: BlockLayout,
+    key_layout: BlockLayout,
+    scale: float,
+    *,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """Exact attention mass of every pair of blocks: the share of the softmax that a query block's rows put on it.
+
+    The oracle that scores are judged by; computed in float32, a few query blocks of one head at a time.
+
+    Args:
+        query, key, query_layout, key_layout, scale, key_mask: as in `pooled_scores`.
+
+    Returns:
+        float32 (B, H, nq, nk), mean over the real rows of the query block; every row sums to 1.
+    """
+    batch, heads = query.shape[0], query.shape[2]
+    nq, nk, size = query_layout.blocks, key_layout.blocks, query_layout.block_size
+    real = key_layout.real.expand(batch, 1, -1)
+    if key_mask is not None:
+        index = key_layout.token_of_slot.clamp(min=0)
+        index = index.expand(batch, *index.shape[-2:] if index.dim() == 3 else (1, -1))
+        real = real & key_mask[:, None].expand(-1, index.shape[1], -1).gather(-1, index)
+    counts = query_layout.lengths.clamp(min=1)[:, None]
+    mass = torch.empty(batch, heads, nq, nk, device=query.device)
+    step = max(1, _NUMBERS_AT_ONCE // (batch * size * key_layout.slots))
+    for head in range(heads):
+        one = slice(head, head + 1)
+        rows = to_slots(query[:, :, one], _head(query_layout, head))[:, :, 0].to(torch.float32) * scale
+        keys = to_slots(key[:, :, one], _head(key_layout, head))[:, :, 0].to(torch.float32)
+        hidden = ~real[:, head if real.shape[1] > 1 else 0, None]
+        for start in range(0, nq, step):
+            slots = slice(start * size, min(start + step, nq) * size)
+            logits = (rows[:, slots] @ keys.transpose(1, 2)).masked_fill_(hidden, float("-inf"))
+            # [B, rows, key slots] -> [B, rows, nk], rows of padding left out of the mean
+            shares = logits.softmax(-1).unflatten(-1, (nk, -1)).sum(-1)
+            shares = shares * query_layout.real[slots, None]
+            blocks = slice(start, start + step)
+            mass[:, head, blocks] = shares.unflatten(1, (-1, size)).sum(2) / counts[blocks]
+    return mass
+
+
+def _head(layout: BlockLayout, head: int) -> BlockLayout:
+    """The layout as one head sees it."""
+    if layout.index is None or layout.index.dim() == 1 or layout.index.shape[1] == 1:
+        return layout
+    return BlockLayout(layout.block_size, layout.tokens, layout.index[:, head : head + 1], layout.lengths)

@@ -1,0 +1,167 @@
+"""From scores to the block pairs that are kept: top-k, top-p, threshold, random, and forced blocks.
+
+All maps are (..., nq, nk): scores float, keep bool. Selection works along the last dimension; of equal scores the
+lower index wins, and no row is ever empty. Nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .blocklayout import BlockLayout
+from .grid import TokenGrid
+
+_SHARE_UNIT = 2**40  # a share of 1 as a whole number: a power of two, so that scaling does not round
+
+
+def count_of_density(blocks: int, density: float) -> int:
+    """Blocks to keep of a row for a density in (0, 1]: the next whole number, at least 1."""
+    # Floats such as 0.07 * 100 lie a hair above the whole number that is meant.
+    return min(blocks, max(1, math.ceil(blocks * density - 1e-9)))
+
+
+def _ranked(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores sorted from the highest, equal ones by lower index, and their places."""
+    return torch.sort(scores, dim=-1, descending=True, stable=True)
+
+
+def select_top_k(scores: Tensor, k: int | Tensor) -> Tensor:
+    """The k highest scores of every row.
+
+    Args:
+        scores: (..., nq, nk).
+        k: how many; an int, or an int tensor that broadcasts to (..., nq, 1), for a budget per head. Values
+            below 1 count as 1, values above nk as nk.
+
+    Returns:
+        bool (..., nq, nk).
+    """
+    place = _ranked(scores)[1]
+    keep = torch.zeros_like(scores, dtype=torch.bool)
+    if isinstance(k, Tensor):
+        taken = torch.arange(scores.shape[-1], device=scores.device) < k.clamp(min=1)
+        return keep.scatter_(-1, place, taken.expand_as(keep))
+    return keep.scatter_(-1, place[..., : max(1, k)], True)
+
+
+def select_top_p(scores: Tensor, p: float | Tensor, *, least: int = 1) -> Tensor:
+    """The fewest blocks of every row whose shares exceed p: a block is kept while those before it hold at most p.
+
+    Args:
+        scores: (..., nq, nk), shares of the row that add up to 1 (a softmax).
+        p: share to hold; a float, or a tensor that broadcasts to (..., nq, 1). p >= 1 keeps everything.
+        least: blocks that are kept in any case, best first.
+
+    Returns:
+        bool (..., nq, nk).
+    """
+    value, place = _ranked(scores)
+    # Sums of whole numbers are exact, whatever order a device adds them in.
+    share = (value.to(torch.float32) * _SHARE_UNIT).to(torch.int64)
+    before = share.cumsum(-1) - share
+    limit = (p * _SHARE_UNIT).to(torch.int64) if isinstance(p, Tensor) else int(min(p, 1) * _SHARE_UNIT)
+    # Shares may add up to a hair more than 1: p >= 1 must not drop the tail.
+    taken = (before <= limit) | (p >= 1)
+    taken[..., : max(1, least)] = True
+    return torch.zeros_like(taken).scatter_(-1, place, taken)
+
+
+def select_threshold(scores: Tensor, threshold: float | Tensor) -> Tensor:
+    """Scores of at least the threshold, and the best of every row.
+
+    Args:
+        scores: (..., nq, nk).
+        threshold: a float, or a tensor that broadcasts to the scores.
+
+    Returns:
+        bool (..., nq, nk).
+    """
+    best = scores.argmax(-1, keepdim=True)
+    return (scores >= threshold).scatter_(-1, best, True)
+
+
+def select_random(
+    shape: Sequence[int],
+    k: int | Tensor,
+    *,
+    device: torch.device | str | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """k blocks of every row, uniformly at random: the baseline that any score must beat.
+
+    Args:
+        shape: (..., nq, nk).
+        k: as in `select_top_k`.
+        device, generator: where the numbers come from.
+
+    Returns:
+        bool of the shape.
+    """
+    return select_top_k(torch.rand(tuple(shape), device=device, generator=generator), k)
+
+
+def force(
+    keep: Tensor,
+    *,
+    rows: slice | Tensor | None = None,
+    columns: slice | Tensor | None = None,
+    own: bool = False,
+) -> Tensor:
+    """The map with whole rows, whole columns, or the diagonal kept too.
+
+    Args:
+        keep: bool (..., nq, nk); not changed.
+        rows, columns: which query blocks see all keys, which key blocks are seen by all queries: a slice, or bool
+            (..., nq) and (..., nk).
+        own: keep each query block's own key block; the map must be square.
+
+    Returns:
+        bool (..., nq, nk).
+    """
+    if own and keep.shape[-2] != keep.shape[-1]:
+        raise ValueError(f"force: own=True needs a square map, not {tuple(keep.shape[-2:])}")
+    kept = keep.clone()
+    for chosen, dim in ((rows, -2), (columns, -1)):
+        if isinstance(chosen, Tensor):
+            kept = kept | chosen.unsqueeze(-1 if dim == -2 else -2)
+        elif chosen is not None:
+            kept[(..., chosen, slice(None)) if dim == -2 else (..., chosen)] = True
+    if own:
+        kept.diagonal(dim1=-2, dim2=-1).fill_(True)
+    return kept
+
+
+def text_forced(
+    keep: Tensor, layout: BlockLayout, grid: TokenGrid, key_layout: BlockLayout | None = None
+) -> Tensor:
+    """The map with the rows and columns of the text blocks kept.
+
+    Args:
+        keep: bool (..., nq, nk).
+        layout: layout of queries and keys, from `order.layout` (text in the last blocks).
+        grid: the token grid, with its text.
+        key_layout: layout of the keys when it differs.
+
+    Returns:
+        bool (..., nq, nk).
+    """
+    if not grid.text:
+        return keep
+    key_layout = key_layout or layout
+    rows, columns = (slice(x.blocks - -(-grid.text // x.block_size), None) for x in (layout, key_layout))
+    return force(keep, rows=rows, columns=columns)
+
+
+def blocks_holding(layout: BlockLayout, start: int, stop: int) -> Tensor:
+    """Blocks that hold at least one of the tokens start ... stop - 1 of the sequence (a frame, a prefix).
+
+    Returns:
+        bool (blocks,), or (B|1, H|1, blocks) when heads have their own order.
+    """
+    token = layout.token_of_slot
+    inside = (token >= start) & (token < stop)
+    return inside.unflatten(-1, (layout.blocks, layout.block_size)).any(-1)
