@@ -1,0 +1,114 @@
+"""What every method is: a named composition of order, score, select, operate and remember."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from ..blockmask import BlockMask
+from ..grid import TokenGrid
+
+
+@dataclass
+class Call:
+    """One self-attention call as a method sees it.
+
+    Args:
+        query, key: (B, L, H, D) activations after norms and rotary embedding; L = grid.tokens.
+        value: (B, L, H, D).
+        grid: what the tokens are.
+        scale: softmax scale.
+        layer, layers: index of this attention layer among the model's self-attention layers, and their number.
+        step, num_steps: denoising step of the run, and the run's length (None when unknown).
+        branch: name of the CFG branch ("cond", "uncond", ...).
+        key_mask: (B, L) bool, True where the key is a real token, or None when all are.
+        cached: `cached(key, build)` returns `build()`, remembered for this shape across layers and steps.
+        family: name of the model family ("wan", ...), for family defaults.
+        generator: seeds sampled rows; deterministic for a given run, layer and step.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    grid: TokenGrid
+    scale: float
+    layer: int = 0
+    layers: int = 1
+    step: int = 0
+    num_steps: int | None = None
+    branch: str = ""
+    key_mask: torch.Tensor | None = None
+    cached: Callable[[Hashable, Callable[[], Any]], Any] = lambda key, build: build()
+    family: str = ""
+    generator: torch.Generator | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the activations."""
+        return self.query.device
+
+
+@dataclass
+class Plan:
+    """What a method decided for one call: the mask to run, and remarks for the report.
+
+    `mask` None means: this call is dense by the method's own decision (counted, not a fallback).
+    """
+
+    mask: BlockMask | None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods: a frozen dataclass whose fields are the method's options.
+
+    A subclass sets the class variables, checks its options in `__post_init__` (ValueError in one line that
+    names the option and the allowed values) and implements `plan`. `scored` says whether masks depend on
+    the activations: only then does `refresh=N` keep them for N steps. `family_defaults` holds the paper's
+    settings by model family, as data: the method's options together with `dense_steps` and `dense_layers`.
+    """
+
+    name: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    arxiv: ClassVar[str | None] = None
+    parts: ClassVar[dict[str, str]] = {}
+    scored: ClassVar[bool] = False
+    family_defaults: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    def plan(self, call: Call) -> Plan:
+        """Decide which key blocks each query block sees.
+
+        Args:
+            call: the activations and where the run stands.
+
+        Returns:
+            The plan; its mask covers the whole sequence, text included.
+        """
+        raise NotImplementedError
+
+    def check(self, grid: TokenGrid) -> None:
+        """Raise ValueError, in one line, when an option cannot serve this grid (too large a window, ...)."""
+
+    def at_density(self, density: float) -> Method:
+        """The same method with its density option changed.
+
+        Raises:
+            ValueError: when the method has no `density` option.
+        """
+        names = [f.name for f in dataclasses.fields(self)]
+        if "density" not in names:
+            raise ValueError(f"method {self.name!r} has no option 'density'; its options are {names}")
+        return dataclasses.replace(self, density=density)  # type: ignore[call-arg]
+
+
+def check_range(method: str, name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
+    """Raise ValueError unless `value` is a number in [low, high] (or (low, high] with `open_low`)."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not (low < value <= high if open_low else low <= value <= high):
+        bracket = "(" if open_low else "["
+        raise ValueError(f"{method}: {name}={value!r} is not allowed; use a number in {bracket}{low}, {high}]")

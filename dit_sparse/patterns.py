@@ -1,0 +1,130 @@
+"""Parts that static masks share: block sizes, ranges of key blocks, one of several masks per head.
+
+Everything here is made once per shape, on the CPU, from block ranges: nothing has the size of tokens x
+tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor
+
+from .blockmask import BlockLayout, BlockMask, TokenWindow
+from .grid import TokenGrid
+from .methods.base import Call
+
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+
+
+def check_block_size(method: str, block_size: int | None) -> None:
+    """Raise ValueError unless block_size is None or a size that the kernels know."""
+    if block_size is not None and (isinstance(block_size, bool) or block_size not in BLOCK_SIZES):
+        raise ValueError(
+            f"{method}: block_size={block_size!r} is not allowed; use None or one of {BLOCK_SIZES}"
+        )
+
+
+def choose_block_size(tokens: int, block_size: int | None = None) -> int:
+    """Tokens of a block: the asked number, or 128 on long sequences and less on short ones."""
+    if block_size is not None:
+        return block_size
+    return 128 if tokens >= 8192 else 64 if tokens >= 2048 else 32
+
+
+def interval_blocks(first: Tensor, last: Tensor, blocks: int, block_size: int) -> Tensor:
+    """Key blocks that touch a range of key slots, one range per query block.
+
+    Args:
+        first, last: int (nq,), both ends included; an empty range has last < first.
+        blocks: number of key blocks.
+        block_size: slots of a block.
+
+    Returns:
+        bool (nq, blocks).
+    """
+    start = torch.arange(blocks) * block_size
+    return (start + block_size > first[:, None]) & (start <= last[:, None]) & (last >= first)[:, None]
+
+
+def build_mask(
+    keep: Tensor,
+    query: BlockLayout,
+    key: BlockLayout,
+    partial: Tensor | None = None,
+    window: TokenWindow | None = None,
+) -> BlockMask:
+    """`BlockMask.from_dense` for CPU tensors, with lists as narrow as the fullest row."""
+    return BlockMask.from_dense(
+        keep, query, key, partial=partial, window=window, max_width=max(1, int(keep.sum(-1).max()))
+    )
+
+
+def pick(mask: BlockMask, choice: Tensor) -> BlockMask:
+    """One of the mask's K heads for every head of a call, decided on the device.
+
+    Args:
+        mask: a mask whose lists, layouts or both hold K heads, dimension (1, K, ...); parts of size 1 are
+            shared.
+        choice: int64 (B|1, H), which of the K heads each head takes.
+
+    Returns:
+        The mask of (B|1, H) heads. Nothing waits for the device.
+    """
+
+    def heads(x: Tensor) -> Tensor:
+        return x if x.shape[1] == 1 else x[0][choice]
+
+    def layout(x: BlockLayout) -> BlockLayout:
+        if x.index is None or x.index.dim() == 1:
+            return x
+        return dataclasses.replace(x, index=heads(x.index))
+
+    query = layout(mask.query)
+    key = query if mask.key is mask.query else layout(mask.key)
+    picked = BlockMask(heads(mask.lists), heads(mask.whole), heads(mask.boundary), query, key, mask.window)
+    # The pairs of the K masks were counted once; counting the picked ones again would cost as much as
+    # building them.
+    picked.__dict__["pairs"] = heads(mask.pairs)
+    return picked
+
+
+def static_mask(call: Call, name: Hashable, build: Callable[[], BlockMask]) -> BlockMask:
+    """A mask that depends on the shape only: built and counted on the CPU once, kept on the device.
+
+    Args:
+        call: the call it is for.
+        name: what distinguishes it from other static masks of the run (the method with its options).
+        build: makes it, on the CPU.
+    """
+
+    def make() -> BlockMask:
+        mask = build()
+        pairs = mask.pairs
+        moved = mask if call.device.type == "cpu" else mask.to(call.device)
+        moved.__dict__["pairs"] = pairs.to(call.device)
+        return moved
+
+    return call.cached(name, make)
+
+
+def half_band(density: float, grid: TokenGrid, forced: float) -> float:
+    """Share of the video tokens on either side of a band that brings the whole mask to a density.
+
+    Args:
+        density: asked kept fraction of all pairs, text and sink included.
+        grid: the tokens; text rows and columns are kept anyway.
+        forced: fraction of the video pairs that a sink keeps anyway.
+
+    Returns:
+        w in [0, 1]: a band of w * video tokens on either side keeps 1 - (1 - w)^2 of the video pairs. The
+        band never gets less than half of the asked density, so a sink of few frames may lift the mask above
+        it.
+    """
+    video_pairs, all_pairs = grid.video**2, grid.tokens**2
+    left = (density * all_pairs - (all_pairs - video_pairs)) / video_pairs
+    band = (left - forced) / (1 - forced) if forced < 1 else 1.0
+    return 1 - math.sqrt(1 - min(1.0, max(band, density / 2)))
