@@ -1,0 +1,283 @@
+"""SparseProc: the configuration, and the verbs that switch it on and off and report."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .methods import all_methods, build
+from .methods.base import Method
+from .report import Summary, summarize
+from .schedule import Schedule
+from .session import RunSession, one_line
+
+if TYPE_CHECKING:
+    from .bridge import Binding
+
+CHECKS = ("step", "call", "off")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options that every method shares.
+
+    Args:
+        dense_steps: leading steps that run dense, as a fraction of the run (float) or a number (int).
+        dense_layers: leading self-attention layers that run dense.
+        dense_last_steps: trailing steps that run dense, fraction or number.
+        refresh: a scored method keeps its masks for this many steps; 1 makes them anew at every step.
+        strict: raise instead of falling back to dense.
+        step_cache: a Diffusers cache configuration (FirstBlockCacheConfig, MagCacheConfig, ...) to switch on too.
+        num_steps: length of the run, for a bare transformer that has no scheduler to ask.
+        seed: seeds the rows that some methods sample.
+        backend: name of the kernel to use, or None for the fastest that can run.
+        check: when non-finite output is looked for: "step" (once a step, without blocking; the layer runs dense
+            from the next step on), "call" (synchronises; the call itself is repeated dense) or "off".
+        offload: keep what is remembered between steps in CPU memory.
+    """
+
+    dense_steps: float | int = 0.2
+    dense_layers: int = 1
+    dense_last_steps: float | int = 0
+    refresh: int = 1
+    strict: bool = False
+    step_cache: Any = None
+    num_steps: int | None = None
+    seed: int = 0
+    backend: str | None = None
+    check: str = "step"
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        _whole("refresh", self.refresh, 1)
+        _whole("seed", self.seed, 0)
+        if self.num_steps is not None:
+            _whole("num_steps", self.num_steps, 1)
+        if self.check not in CHECKS:
+            raise ValueError(f"check={self.check!r} is not allowed; use one of {', '.join(CHECKS)}")
+        for name in ("strict", "offload"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; use True or False")
+        if self.backend is not None:
+            from .kernels.attention import backends
+
+            names = [b.name for b in backends()]
+            if self.backend not in names:
+                raise ValueError(f"backend={self.backend!r} is unknown; use one of {', '.join(names)}")
+        self.schedule()
+
+    def schedule(self) -> Schedule:
+        """The dense steps and layers as a Schedule (which checks them)."""
+        return Schedule(self.dense_steps, self.dense_layers, self.dense_last_steps)
+
+
+def _whole(name: str, value: Any, low: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{name}={value!r} is not allowed; use a whole number of at least {low}")
+
+
+SETTINGS = tuple(f.name for f in dataclasses.fields(Settings))
+
+
+class SparseProc:
+    """Sparse attention for a Diffusers pipeline: `pipe.set_attn_processor(SparseProc())`.
+
+    Despite the place it is given to, it is no processor itself: each layer keeps its own, which goes on doing
+    projections, norms and rotary embedding; only the attention in the middle is computed by a method's mask.
+
+    Args:
+        method: name of a method (see `methods()`), a Method, or None for the default: `svg` at density 0.25.
+        options: the method's own options (`density`, ...) and the shared ones of `Settings` (`dense_steps`,
+            `dense_layers`, `refresh`, `strict`, `step_cache`, ...).
+
+    Raises:
+        ValueError: unknown method or option, or a value out of range; one line that names what is allowed.
+    """
+
+    is_sparse_proc = True
+    default_method = "svg"
+
+    def __init__(self, method: str | Method | None = None, **options: Any) -> None:
+        shared = {name: options.pop(name) for name in SETTINGS if name in options}
+        self.settings = Settings(**shared)
+        if isinstance(method, Method):
+            self.method = _replaced(method, options)
+        elif method is None or isinstance(method, str):
+            name = self.default_method if method is None else method
+            self._refuse_unknown(name, options)
+            self.method = build(name, **options)
+        else:
+            raise ValueError(f"method={method!r} is not allowed; use a name: {', '.join(sorted(all_methods()))}")
+
+    def __repr__(self) -> str:
+        shared = [f"{n}={getattr(self.settings, n)!r}" for n in SETTINGS
+                  if getattr(self.settings, n) != getattr(Settings(), n)]
+        own = [f"{f.name}={getattr(self.method, f.name)!r}" for f in dataclasses.fields(self.method)
+               if getattr(self.method, f.name) is not None]
+        return f"SparseProc({', '.join([repr(self.method.name), *own, *shared])})"
+
+    @staticmethod
+    def _refuse_unknown(name: str, options: dict[str, Any]) -> None:
+        """A misspelt option is refused with both lists, the method's own and the shared ones."""
+        method = all_methods().get(name)
+        if method is None:
+            return
+        own = [f.name for f in dataclasses.fields(method)]
+        for option in options:
+            if option not in own:
+                raise ValueError(f"unknown option {option!r}; method {name!r} takes {', '.join(own) or 'none'}; "
+                                 f"every method takes {', '.join(SETTINGS)}")
+
+
+def _replaced(method: Method, options: dict[str, Any]) -> Method:
+    names = [f.name for f in dataclasses.fields(method)]
+    for option in options:
+        if option not in names:
+            raise ValueError(f"unknown option {option!r}; method {method.name!r} takes {', '.join(names) or 'none'}")
+    return dataclasses.replace(method, **options) if options else method
+
+
+# -- the verbs -----------------------------------------------------------------------------------------------------
+
+_cached_models: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def enable(target: Any, method: str | Method | SparseProc | None = None, **options: Any) -> Any:
+    """Switch sparse attention on for a pipeline or a bare transformer; twice equals once.
+
+    Args:
+        target: any Diffusers pipeline with a diffusion transformer (both denoisers of Wan 2.2 are bound), or a
+            transformer.
+        method: method name, Method, a ready SparseProc, or None for the default.
+        options: see `SparseProc`.
+
+    Returns:
+        `target`.
+
+    Raises:
+        ValueError: wrong method or option, no diffusion transformer in `target`, or an unsupported Diffusers.
+    """
+    from . import bridge
+
+    if isinstance(method, SparseProc):
+        if options:
+            raise ValueError(f"options {', '.join(options)} cannot follow a SparseProc; give them to SparseProc()")
+        proc = method
+    else:
+        proc = SparseProc(method, **options)
+    reason = bridge.check_diffusers()
+    if reason:
+        raise ValueError(reason)
+    parts = bridge.transformers_of(target)
+    done: list[Any] = []
+    try:
+        for _, model, scheduler in parts:
+            _disable_model(model)
+            session = RunSession(proc)
+            done.append(model)
+            binding = bridge.bind(model, session, scheduler=scheduler)
+            session.layers = sum(layer.bound for layer in binding.layers)
+            _apply_step_cache(model, proc.settings.step_cache)
+    except Exception:
+        for model in done:
+            _disable_model(model)
+        raise
+    return target
+
+
+def disable(target: Any) -> Any:
+    """Switch sparse attention off: the very same processors are back and results are bit-identical to before.
+
+    Args:
+        target: what `enable` was called on, or one of its transformers.
+
+    Returns:
+        `target`.
+    """
+    from . import bridge
+
+    for _, model, _ in bridge.transformers_of(target):
+        _disable_model(model)
+    return target
+
+
+def _disable_model(model: Any) -> None:
+    from . import bridge
+
+    binding = bridge.binding_of(model)
+    if binding is not None:
+        binding.unbind()
+    if model in _cached_models:
+        _cached_models.discard(model)
+        model.disable_cache()
+
+
+def _apply_step_cache(model: Any, config: Any) -> None:
+    """Hand a Diffusers cache configuration to the transformer."""
+    if config is None:
+        return
+    if not hasattr(model, "enable_cache"):
+        raise ValueError(f"step_cache: {type(model).__name__} has no enable_cache in this Diffusers; leave it out")
+    if model.is_cache_enabled:
+        raise ValueError("step_cache: a cache is already enabled on the transformer; call disable_cache() first")
+    try:
+        model.enable_cache(config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"step_cache={type(config).__name__}: {one_line(error)}") from error
+    _cached_models.add(model)
+
+
+def summary(target: Any) -> Summary:
+    """What the last run did: density per layer and step, reuse, fallbacks with reasons, time.
+
+    Args:
+        target: a pipeline or transformer that `enable` was called on.
+
+    Returns:
+        A Summary; print it, or take `.to_dict()`.
+
+    Raises:
+        ValueError: when sparse attention is not enabled on `target`.
+    """
+    from . import bridge
+
+    bindings: list[Binding] = [b for _, m, _ in bridge.transformers_of(target) if (b := bridge.binding_of(m))]
+    if not bindings:
+        raise ValueError("sparse attention is not enabled here; call enable(target) or set_attn_processor first")
+    sessions: list[RunSession] = [b.session for b in bindings]
+    result = summarize(repr(sessions[0].proc), [s.report for s in sessions])
+    used = next((s for s in sessions if s.grid is not None), sessions[0])
+    result.device, result.tokens = used.device, used.tokens
+    if used.grid is not None:
+        g = used.grid
+        result.grid = f"{g.frames}x{g.height}x{g.width}" + (f" + {g.text} text at the {g.text_at}" if g.text else "")
+    result.num_steps = used.info.num_steps if used.info else None
+    result.memory_bytes = sum(s.memory.nbytes for s in sessions)
+    result.layers = sum(s.layers for s in sessions)
+    for binding in bindings:
+        result.coverage.update({layer.path: layer.reason for layer in binding.layers if not layer.bound})
+    result.notes = list(dict.fromkeys(note for s in sessions for note in s.notes()))
+    return result
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """One entry of `methods()`: what a method is and what it takes."""
+
+    name: str
+    title: str
+    arxiv: str | None
+    parts: dict[str, str]
+    options: dict[str, Any]
+    scored: bool
+
+
+def methods() -> list[MethodInfo]:
+    """All methods of this installation, by name, with their paper, five parts and default options."""
+    found = []
+    for name, method in sorted(all_methods().items()):
+        options = {f.name: f.default for f in dataclasses.fields(method)}
+        found.append(MethodInfo(name, method.title, method.arxiv, dict(method.parts), options, method.scored))
+    return found
