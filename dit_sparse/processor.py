@@ -249,8 +249,9 @@ def summary(target: Any) -> Summary:
     sessions: list[RunSession] = [b.session for b in bindings]
     result = summarize(repr(sessions[0].proc), [s.report for s in sessions])
     used = next((s for s in sessions if s.grid is not None), sessions[0])
-    result.device, result.tokens = used.device, used.tokens
+    result.device = used.device
     if used.grid is not None:
+        result.tokens = used.grid.tokens
         g = used.grid
         result.grid = f"{g.frames}x{g.height}x{g.width}" + (f" + {g.text} text at the {g.text_at}" if g.text else "")
     result.num_steps = used.info.num_steps if used.info else None

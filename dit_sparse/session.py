@@ -37,7 +37,6 @@ class RunSession:
         self.info: ForwardInfo | None = None
         self.layers = 0
         self.device = ""
-        self.tokens = 0
         self.grid: TokenGrid | None = None
         self._guard = FiniteGuard()
 
@@ -85,6 +84,7 @@ class RunSession:
         watch = Stopwatch(query.device)
         step, branch = (self.info.step, self.info.branch) if self.info else (0, "")
         record = CallRecord(layer, step, branch, "dense", watch=watch)
+        self.grid = self._grid_of(query, key)[0] or self.grid
         record.reason = self._planned_dense(layer)
         out = None
         if not record.reason:
@@ -143,7 +143,6 @@ class RunSession:
         if self.settings.check == "step":
             self._guard.watch(record.layer, out, self.layers)
         record.kind, record.density = "sparse", plan.mask.density()
-        self.tokens, self.grid = grid.tokens, grid
         return out
 
     def _fall_back(self, record: CallRecord, reason: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import diffusers
 from diffusers.models.modeling_utils import ModelMixin
 
@@ -38,3 +40,8 @@ def test_supported_rows_name_processors_that_can_be_rebound() -> None:
     assert not sana.supported and "linear" in sana.detail
     assert rows["FluxTransformer2DModel"].text_at == "front" and rows["SD3Transformer2DModel"].text_at == "back"
     assert sum(row.supported for row in rows.values()) == sum(len(family.classes) for family in FAMILIES)
+
+
+def test_the_table_in_the_docs_is_the_one_of_the_walk():
+    text = (Path(__file__).parents[2] / "docs" / "hosts.md").read_text()
+    assert table(walk()) in text, "docs/hosts.md is out of date"
