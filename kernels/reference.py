@@ -1,0 +1,104 @@
+"""The twins: attention written as its formula, in float32 or float64; the specification and the test oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class HasTokenMask(Protocol):
+    """Anything that can write itself out as a mask over tokens: a `BlockMask`, or the operator's own `Blocks`."""
+
+    def token_mask(self) -> Tensor:
+        """bool (B|1, H|1, Lq, Lk), True where the query sees the key, in token order."""
+
+
+def attention_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    token_mask: Tensor | None = None,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale * query @ key.T, over the allowed keys) @ value, and the log of the softmax's denominator.
+
+    Args:
+        query: (B, Lq, H, D). key: (B, Lk, H, D). value: (B, Lk, H, Dv).
+        token_mask: bool that broadcasts to (B, H, Lq, Lk), True where the query sees the key; None: everywhere.
+        scale: factor of the scores; None: 1 / sqrt(D).
+        key_mask: bool (B, Lk), True where the key is a real token; None: all are.
+        dtype: precision of the computation, float32 or float64.
+
+    Returns:
+        out (B, Lq, H, Dv) in the query's dtype (float64 when computed so), and the natural-log LSE (B, H, Lq), in
+        `dtype`. Queries without a key give 0 and -inf.
+    """
+    allowed = torch.ones(1, 1, 1, key.shape[1], dtype=torch.bool, device=query.device)
+    if token_mask is not None:
+        allowed = allowed & token_mask
+    if key_mask is not None:
+        allowed = allowed & key_mask[:, None, None]
+        value = torch.where(key_mask[..., None, None], value, 0)
+    q, k, v = (x.to(dtype).transpose(1, 2) for x in (query, key, value))
+    # (B, H, Lq, Lk)
+    scores = q @ k.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores.masked_fill(~allowed, -torch.inf)
+    lse = scores.logsumexp(-1)
+    # A query without a key has lse = -inf: subtract 0 there, so that its weights are exp(-inf) = 0.
+    weights = (scores - torch.where(lse == -torch.inf, 0, lse)[..., None]).exp()
+    out = (weights @ v).transpose(1, 2)
+    return out.to(query.dtype if dtype == torch.float32 else dtype), lse
+
+
+def block_sparse_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: HasTokenMask,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """`attention_reference` over the pairs that a block mask allows.
+
+    Args:
+        query: (B, Lq, H, D). key: (B, Lk, H, D). value: (B, Lk, H, Dv).
+        mask: the block mask.
+        scale, key_mask, dtype: as in `attention_reference`.
+
+    Returns:
+        out (B, Lq, H, Dv) and LSE (B, H, Lq).
+    """
+    return attention_reference(query, key, value, mask.token_mask(), scale, key_mask, dtype=dtype)
+
+
+def merge_by_lse(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Attention over the union of disjoint sets of keys, from the attention over each set.
+
+    out = sum_i exp(lse_i - lse) out_i with lse = log sum_i exp(lse_i).
+
+    Args:
+        parts: pairs of out (B, L, H, Dv) and lse (B, H, L).
+
+    Returns:
+        out (B, L, H, Dv) in the dtype of the first part and lse (B, H, L). Queries without a key give 0 and -inf.
+
+    Raises:
+        ValueError: when there are no parts.
+    """
+    if not parts:
+        raise ValueError("merge_by_lse: parts is empty; give at least one (out, lse)")
+    every = torch.stack([lse for _, lse in parts])
+    lse = every.logsumexp(0)
+    # (parts, B, L, H, 1)
+    weights = (every - torch.where(lse == -torch.inf, 0, lse)).exp().transpose(-1, -2)[..., None]
+    out = sum(weight * out.to(weight.dtype) for weight, (out, _) in zip(weights, parts, strict=True))
+    assert isinstance(out, Tensor)
+    return out.to(parts[0][0].dtype), lse
