@@ -27,13 +27,15 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "SparseProc": "processor", "enable": "processor", "disable": "processor", "summary": "processor",
-    "methods": "processor", "SparseFallbackError": "session", "Summary": "report", "TokenGrid": "grid",
+    "SparseFallbackError": "session", "Summary": "report", "TokenGrid": "grid",
 }
 __all__ = ["SparseFallbackError", "SparseProc", "Summary", "TokenGrid", "disable", "enable", "methods", "summary"]
 
 
 def __getattr__(name: str) -> Any:
     """Public names load on first use: importing dit_sparse costs neither torch nor Diffusers."""
+    if name == "methods":
+        return importlib.import_module(".methods", __name__)  # a package that can be called: see there
     if name in _HOMES:
         value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
         globals()[name] = value

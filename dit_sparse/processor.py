@@ -246,7 +246,7 @@ def summary(target: Any) -> Summary:
     bindings: list[Binding] = [b for _, m, _ in bridge.transformers_of(target) if (b := bridge.binding_of(m))]
     if not bindings:
         raise ValueError("sparse attention is not enabled here; call enable(target) or set_attn_processor first")
-    sessions: list[RunSession] = [b.session for b in bindings]
+    sessions = [b.session for b in bindings if isinstance(b.session, RunSession)]
     result = summarize(repr(sessions[0].proc), [s.report for s in sessions])
     used = next((s for s in sessions if s.grid is not None), sessions[0])
     result.device = used.device

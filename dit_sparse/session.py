@@ -124,7 +124,8 @@ class RunSession:
         if not reason and self._guard.is_bad(record.layer):
             reason = "non-finite output at an earlier step"
         if reason or grid is None:
-            return self._fall_back(record, reason)
+            self._fall_back(record, reason)
+            return None
         try:
             call = self._call(record, query, key, value, key_mask, scale, grid)
             plan, record.reused = self._plan(call)
@@ -137,9 +138,11 @@ class RunSession:
                                             backend=self.settings.backend,
                                             on_backend=lambda name: setattr(record, "backend", name))
         except (ValueError, RuntimeError, NotImplementedError) as error:
-            return self._fall_back(record, one_line(error))
+            self._fall_back(record, one_line(error))
+            return None
         if self.settings.check == "call" and not bool(torch.isfinite(out).all()):
-            return self._fall_back(record, "non-finite output")
+            self._fall_back(record, "non-finite output")
+            return None
         if self.settings.check == "step":
             self._guard.watch(record.layer, out, self.layers)
         record.kind, record.density = "sparse", plan.mask.density()

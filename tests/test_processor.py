@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from typing import ClassVar
 
 import pytest
 import torch
-from dit_sparse.bridge import ForwardInfo
 
 from dit_sparse.blockmask import BlockLayout, BlockMask
+from dit_sparse.bridge import ForwardInfo
 from dit_sparse.grid import TokenGrid
 from dit_sparse.methods.base import Call, Method, Plan
 from dit_sparse.processor import SparseProc, methods
@@ -208,3 +210,11 @@ def test_methods_lists_name_paper_parts_and_options():
     for item in listed.values():
         assert item.title and (item.name == "dense" or set(item.parts) == {
             "order", "score", "select", "operate", "remember"}), item
+
+
+def test_methods_can_be_called_whatever_was_imported_before():
+    code = ("import dit_sparse; {}; print([m.name for m in dit_sparse.methods()]);"
+            "from dit_sparse import methods as m; m()")
+    for before in ("pass", "dit_sparse.SparseProc", "import dit_sparse.methods.svg", "from dit_sparse import methods"):
+        done = subprocess.run([sys.executable, "-c", code.format(before)], capture_output=True, text=True)
+        assert "radial" in done.stdout, (before, done.stderr)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
+import sys
+from types import ModuleType
 from typing import Any
 
 from .base import Call, Method, Plan
@@ -67,4 +69,18 @@ def family_options(name: str, family: str) -> dict[str, Any]:
     Returns:
         A new dict, empty when the paper and its code say nothing about the family.
     """
-    return dict(getattr(all_methods()[name], "family_defaults", {}).get(family, {}))
+    return dict(all_methods()[name].family_defaults.get(family, {}))
+
+
+class _Callable(ModuleType):
+    """`dit_sparse.methods` is this package and also the public function `methods()`: Python binds the name of a
+    subpackage on its parent as soon as anything imports it, so the two must be one object."""
+
+    def __call__(self) -> list[Any]:
+        """All methods of this installation; see `dit_sparse.processor.methods`."""
+        from ..processor import methods
+
+        return methods()
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -1,0 +1,255 @@
+"""The command line: arguments and help texts. What a command does is in dit_sparse/commands, imported when it runs.
+
+Nothing here imports torch or Diffusers, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from .commands.console import UserError
+
+INTERRUPTED = 130  # as shells say it
+
+app = typer.Typer(
+    name="dit-sparse",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Sparse attention for the diffusion transformers of Hugging Face Diffusers.",
+    epilog='Try: dit-sparse generate "a red circle moving right"',
+)
+
+Prompt = Annotated[str | None, typer.Argument(help="What to show; left out, the model's first example.")]
+Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
+Size = Annotated[str | None, typer.Option(help="256, 320x192 (width x height) or 512x512x33 (and frames).")]
+Frames = Annotated[int | None, typer.Option(help="Frames of the clip; 1 makes an image.")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale; 1 switches guidance off.")]
+MethodName = Annotated[str | None, typer.Option(help="Sparse method, see `dit-sparse methods`; `dense` is none.")]
+Density = Annotated[float | None, typer.Option(help="Share of the attention that is computed, in (0, 1].")]
+Options = Annotated[
+    list[str] | None, typer.Option("--option", "-o", help="Option of the method, as name=value; may be repeated.")
+]
+Model = Annotated[str, typer.Option(help="'embedded', a Diffusers folder, or a hub id.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; the GPU when there is one.")]
+Fps = Annotated[int, typer.Option(min=1, max=120, help="Frames per second of the file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+
+
+@app.command()
+def generate(
+    prompt: Prompt = None,
+    seed: Seed = 0,
+    output: Annotated[Path | None, typer.Option(help="File (.mp4; .png for one frame) or folder.")] = None,
+    steps: Steps = None,
+    size: Size = None,
+    frames: Frames = None,
+    guidance: Guidance = None,
+    method: MethodName = None,
+    density: Density = None,
+    option: Options = None,
+    prompts: Annotated[Path | None, typer.Option(help="File with one prompt a line.")] = None,
+    model: Model = "embedded",
+    device: Device = None,
+    fps: Fps = 8,
+    as_json: Json = False,
+) -> None:
+    """Make a video from a prompt with sparse attention, and say what it did."""
+    from .commands.generate import generate as run
+
+    run(
+        prompt,
+        prompts_file=prompts,
+        output=output,
+        seed=seed,
+        steps=steps,
+        size=size,
+        frames=frames,
+        guidance_scale=guidance,
+        method=method,
+        density=density,
+        options=option,
+        model=model,
+        device=device,
+        fps=fps,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def compare(
+    prompt: Prompt = None,
+    long: Annotated[bool, typer.Option("--long", help="512x512x33, 17,408 tokens, 8 steps without guidance.")] = False,
+    seed: Seed = 0,
+    output: Annotated[Path | None, typer.Option(help="File (.mp4) or folder.")] = None,
+    steps: Steps = None,
+    size: Size = None,
+    frames: Frames = None,
+    guidance: Guidance = None,
+    method: MethodName = None,
+    density: Density = None,
+    option: Options = None,
+    model: Model = "embedded",
+    device: Device = None,
+    fps: Fps = 8,
+    as_json: Json = False,
+) -> None:
+    """Make the same clip dense and sparse: side by side, PSNR, SSIM, seconds and speed-up."""
+    from .commands.compare import compare as run
+
+    run(
+        prompt,
+        long=long,
+        output=output,
+        seed=seed,
+        steps=steps,
+        size=size,
+        frames=frames,
+        guidance_scale=guidance,
+        method=method,
+        density=density,
+        options=option,
+        model=model,
+        device=device,
+        fps=fps,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def inspect(
+    method: Annotated[str, typer.Argument(help="Sparse method, see `dit-sparse methods`.")],
+    grid: Annotated[str, typer.Option(help="Tokens, as 21x45x80 (frames x rows x columns).")] = "21x45x80",
+    text: Annotated[int, typer.Option(min=0, max=100_000, help="Text tokens in the same sequence.")] = 0,
+    text_at: Annotated[str, typer.Option(help="front or back.")] = "back",
+    density: Density = None,
+    option: Options = None,
+    png: Annotated[Path | None, typer.Option(help="Picture of the mask; else mask-METHOD-GRID.png.")] = None,
+    query_tile: Annotated[str | None, typer.Option(help="For gna: tile of the simulated kernel, as 4x8x8.")] = None,
+    key_tile: Annotated[str | None, typer.Option(help="For gna: the same for keys.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a method does to a grid: density, blocks, memory, expected speed-up and a picture."""
+    from .commands.inspect import inspect as run
+
+    run(
+        method,
+        grid=grid,
+        text=text,
+        text_at=text_at,
+        density=density,
+        options=option,
+        png=png,
+        query_tile=query_tile,
+        key_tile=key_tile,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """List the sparse methods with their options."""
+    from .commands.listing import list_methods
+
+    list_methods(as_json)
+
+
+@app.command()
+def bench(
+    tokens: Annotated[list[int] | None, typer.Option(help="Length of the sequence; may be repeated.")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, max=1024, help="Attention heads.")] = None,
+    head_dim: Annotated[int | None, typer.Option(min=8, max=512, help="Channels of a head.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32.")] = None,
+    block_size: Annotated[int | None, typer.Option(min=16, max=1024, help="Tokens of a block.")] = None,
+    density: Annotated[list[float] | None, typer.Option(help="Share that is computed; may be repeated.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Kernel, see `dit-sparse doctor`; else the fastest.")] = None,
+    device: Device = None,
+    seconds: Annotated[float, typer.Option(min=0.01, max=60, help="Timed calls for each row.")] = 0.4,
+    as_json: Json = False,
+) -> None:
+    """Measure the attention kernels on this machine, dense and sparse."""
+    from .commands.bench import bench as run
+
+    run(
+        tokens=tokens,
+        heads=heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        block_size=block_size,
+        densities=density,
+        backend=backend,
+        device=device,
+        seconds=seconds,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def doctor(as_json: Json = False) -> int:
+    """Say what works on this machine, what does not, and what to do about it."""
+    from .commands.listing import show_doctor
+
+    return show_doctor(as_json)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: without the program's name; None takes sys.argv.
+
+    Returns:
+        Exit code: 0 done, 1 `doctor` found a problem, 2 wrong input (one line on standard error), 130 interrupted.
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
+    # Threads that wait for each other by spinning make PyTorch many times slower as soon as another program wants the
+    # cores (2 cores, one busy: 97 s instead of 11 s, November 2026). Read once, when PyTorch is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    try:
+        words = None if arguments is None else list(arguments)
+        code = app(args=words, prog_name="dit-sparse", standalone_mode=False)
+        # The argument parser turns Ctrl-C into this code, or into Abort.
+        return _interrupted() if code == INTERRUPTED else code if isinstance(code, int) else 0
+    except UserError as error:
+        return _refuse(error)
+    except (KeyboardInterrupt, typer.Abort):
+        return _interrupted()
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): point stdout at nothing, so that the flush at exit is silent.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        # Errors of the argument parser know how to describe themselves.
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+            return _refuse(error)
+        raise
+
+
+def _interrupted() -> int:
+    print("dit-sparse: interrupted; files that were not finished have been removed", file=sys.stderr)
+    return INTERRUPTED
+
+
+def _refuse(error: Any) -> int:
+    text = error.format_message() if hasattr(error, "format_message") else str(error)
+    print(f"dit-sparse: error: {' '.join(text.split())}", file=sys.stderr)
+    if os.environ.get("DIT_SPARSE_DEBUG"):
+        raise error
+    return 2
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Being told to stop ends like Ctrl-C: unfinished files are removed."""
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""`dit-sparse generate`: clips from prompts, contact sheets, and a summary of what sparse attention did."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from . import settings
+from .console import print_json, print_pairs, refusing
+from .request import (
+    Shape,
+    check_seed,
+    check_writable,
+    parse_options,
+    plan_outputs,
+    read_prompts,
+    shape_of,
+    sheet_path,
+    sparse_proc,
+    warn_of_unknown_words,
+)
+
+
+def generate(
+    prompt: str | None,
+    *,
+    prompts_file: Path | None = None,
+    output: Path | None = None,
+    seed: int = 0,
+    steps: int | None = None,
+    size: str | None = None,
+    frames: int | None = None,
+    guidance_scale: float | None = None,
+    method: str | None = None,
+    density: float | None = None,
+    options: list[str] | None = None,
+    model: str = "embedded",
+    device: str | None = None,
+    fps: int = settings.FPS,
+    as_json: bool = False,
+) -> None:
+    """Check everything, load the model once, then make, write and report one clip after the other."""
+    from .run import device_name, make_clip, open_pipeline, stay_offline
+
+    stay_offline(model)
+    from ..pipelines.embedded import DEFAULTS, EXAMPLES
+
+    check_seed(seed)
+    prompts = read_prompts(prompt, prompts_file, EXAMPLES[0])
+    base = DEFAULTS if model == "embedded" else {}
+    shape = shape_of(model, size=size, frames=frames, steps=steps, guidance_scale=guidance_scale, base=base)
+    paths = plan_outputs(output, prompts, ".png" if shape.frames == 1 else ".mp4", seed)
+    proc = sparse_proc(method, parse_options(options or []) | ({} if density is None else {"density": density}))
+    warn_of_unknown_words(model, prompts)
+    pipe = open_pipeline(model, device)
+    with refusing():
+        from .. import enable, summary
+
+        enable(pipe, proc)
+    results = []
+    for number, (text, path) in enumerate(zip(prompts, paths, strict=True), start=1):
+        check_writable(path)
+        label = "denoising" if len(prompts) == 1 else f"denoising {number}/{len(prompts)}"
+        clip, seconds = make_clip(pipe, text, shape, seed, label)
+        files = write_clip(path, clip, fps)
+        result = describe(text, seed, shape, summary(pipe), seconds, device_name(pipe), files)
+        if as_json:
+            results.append(result)
+        else:
+            print_summary(result, first=number == 1)
+    if as_json:
+        print_json(results[0] if len(results) == 1 and prompts_file is None else results)
+
+
+def write_clip(path: Path, clip: Any, fps: int) -> list[Path]:
+    """Write the clip (one frame: the image) and its contact sheet; returns both paths."""
+    from ..pipelines.video_io import contact_sheet, write_image, write_video
+
+    with refusing(OSError, prefix=f"{path} cannot be written: "):
+        if path.suffix == ".png":
+            write_image(path, clip[0])
+        else:
+            write_video(path, clip, fps)
+        write_image(sheet_path(path), contact_sheet(clip))
+    return [path, sheet_path(path)]
+
+
+def describe(
+    prompt: str, seed: int, shape: Shape, summary: Any, seconds: float, device: str, files: list[Path]
+) -> dict[str, Any]:
+    """What was made and how, as plain data: the document that --json prints."""
+    report = summary.to_dict()
+    attention = min(report["attention_seconds"], seconds)
+    return {
+        "prompt": prompt,
+        "seed": seed,
+        **shape.arguments(),
+        "files": [str(file) for file in files],
+        "device": device,
+        "backends": report["backends"],
+        "method": report["method"],
+        "tokens": report["tokens"],
+        "density": report["density"],
+        "sparse_density": report["sparse_density"],
+        "seconds": {
+            "all": round(seconds, 3),
+            "attention": round(attention, 3),
+            "elsewhere": round(seconds - attention, 3),
+        },
+        "fallbacks": report["fallbacks"],
+        "summary": report,
+    }
+
+
+def print_summary(result: dict[str, Any], first: bool = True) -> None:
+    """The result for people."""
+    report, seconds = result["summary"], result["seconds"]
+    if not first:
+        print()
+    sparse = result["sparse_density"]
+    inside = "" if sparse is None else f" ({sparse:.3f} in the sparse ones)"
+    frames = "1 frame" if result["frames"] == 1 else f"{result['frames']} frames"
+    size = f"{result['width']}x{result['height']}, {frames}, {report['steps']} steps"
+    print_pairs(
+        {
+            "prompt": result["prompt"],
+            "clip": f"{size}, seed {result['seed']}",
+            "device": result["device"],
+            "method": result["method"],
+            "backend": ", ".join(f"{name} ({n} calls)" for name, n in result["backends"].items()) or "-",
+            "tokens": f"{result['tokens']} ({report['grid']})" if result["tokens"] else "-",
+            "density": f"{result['density']:.3f} over all {report['calls']} attention calls{inside}",
+            "seconds": f"{seconds['all']:.1f}: {seconds['attention']:.1f} in attention, "
+            f"{seconds['elsewhere']:.1f} elsewhere",
+            "fallbacks": [f"{n} x {reason}" for reason, n in result["fallbacks"].items()] or "none",
+            **({"notes": report["notes"]} if report.get("notes") else {}),
+            "written": result["files"],
+        }
+    )

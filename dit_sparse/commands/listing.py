@@ -1,0 +1,40 @@
+"""`dit-sparse methods` and `dit-sparse doctor`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from .console import print_json, print_table
+
+
+def list_methods(as_json: bool) -> None:
+    """Print every method with its paper and its options."""
+    from ..processor import methods
+
+    found = methods()
+    if as_json:
+        print_json([dataclasses.asdict(method) for method in found])
+        return
+    rows = [[m.name, m.title, m.arxiv or "-", ", ".join(f"{k}={v}" for k, v in m.options.items())] for m in found]
+    print_table(["method", "what it is", "arXiv", "options and defaults"], rows)
+    print("Every method also takes dense_steps, dense_layers, dense_last_steps, refresh, strict, backend, seed.")
+
+
+def show_doctor(as_json: bool) -> int:
+    """Print the findings of `doctor`; returns 1 when something does not work, else 0."""
+    from ..doctor import examine
+
+    checks = examine()
+    good = all(check.status != "problem" for check in checks)
+    if as_json:
+        print_json({"ok": good, "checks": [check.to_dict() for check in checks]})
+        return 0 if good else 1
+    marks = {"ok": "ok", "note": "-", "problem": "PROBLEM"}
+    rows: list[list[Any]] = [[check.name, marks[check.status], check.detail] for check in checks]
+    print_table(["part", "", "detail"], rows)
+    for check in checks:
+        if check.advice:
+            print(f"{check.name}: {check.advice}")
+    print("Everything that dit-sparse needs works." if good else "Something does not work: see above.")
+    return 0 if good else 1

@@ -1,0 +1,162 @@
+"""A runner that can be killed at any moment and started again: one JSON line for each finished clip.
+
+    python -m dit_sparse.eval.run --prompts prompts.txt --methods svg radial --output results.jsonl
+
+makes each prompt dense and with every method, and notes PSNR, SSIM, seconds and densities against the dense clip.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Job = Mapping[str, Any]
+Result = dict[str, Any]
+
+
+def job_key(job: Job) -> str:
+    """The same text for the same settings, whatever their order."""
+    return json.dumps(job, sort_keys=True, ensure_ascii=False, default=str)
+
+
+def finished(path: str | Path) -> dict[str, Result]:
+    """Results in a file by the key of their job; a last line that was cut off by a kill is left out.
+
+    Raises:
+        ValueError: a line that is not the last one is no result.
+    """
+    path = Path(path)
+    if not path.exists():
+        return {}
+    lines = path.read_bytes().split(b"\n")
+    results: dict[str, Result] = {}
+    # A finished line ends in a newline, so the piece after the last newline is empty or was cut off.
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            entry = json.loads(line)
+            results[entry["key"]] = entry
+        except (ValueError, TypeError, LookupError) as error:
+            raise ValueError(f"{path}, line {number} is no result of this runner; move the file away") from error
+    return results
+
+
+def run(jobs: Iterable[Job], work: Callable[[Job], Mapping[str, Any]], path: str | Path) -> list[Result]:
+    """Do every job that has no line in the file yet, and return the results of all jobs in order.
+
+    Args:
+        jobs: settings of one clip each, plain data; equal settings are done once.
+        work: makes the clip of a job and returns plain data.
+        path: file with one JSON line for each finished job: {"key": ..., "job": ..., "result": ...}.
+
+    Returns:
+        The `result` entry of each job.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    path = Path(path)
+    jobs = list(jobs)
+    done = finished(path)
+    _drop_cut_line(path)
+    with path.open("ab") as stream:
+        for job in jobs:
+            key = job_key(job)
+            if key in done:
+                continue
+            entry: Result = {"key": key, "job": dict(job), "result": dict(work(job))}
+            stream.write(json.dumps(entry, ensure_ascii=False, default=str).encode() + b"\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+            done[key] = entry
+    return [done[job_key(job)]["result"] for job in jobs]
+
+
+def _drop_cut_line(path: Path) -> None:
+    if path.exists():
+        data = path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole != len(data):
+            os.truncate(path, whole)
+
+
+def fidelity_jobs(
+    prompts: Sequence[str], methods: Sequence[str], seeds: Sequence[int], shape: Mapping[str, Any]
+) -> list[Job]:
+    """One job for each prompt, seed and method, those of one dense clip next to each other."""
+    return [
+        {"prompt": prompt, "seed": seed, "method": method, **shape}
+        for prompt in prompts
+        for seed in seeds
+        for method in methods
+    ]
+
+
+class FidelityWork:
+    """Makes the clip of a job and compares it with the dense clip, which is kept for the following methods.
+
+    Args:
+        pipe: a text-to-video pipeline without sparse attention.
+        options: options of the methods, by method name.
+    """
+
+    def __init__(self, pipe: Any, options: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        self.pipe = pipe
+        self.options = options or {}
+        self._key = ""
+        self._dense: Any = None
+
+    def __call__(self, job: Job) -> Result:
+        from dit_sparse import SparseProc
+
+        from .compare import compare
+
+        names = ("frames", "height", "width", "steps", "guidance_scale")
+        shape = {name: job[name] for name in names if name in job}
+        key = job_key({**shape, "prompt": job["prompt"], "seed": job["seed"]})
+        known = self._dense if key == self._key else None
+        proc = SparseProc(job["method"], **self.options.get(job["method"], {}))
+        numbers, dense, _ = compare(self.pipe, job["prompt"], proc, seed=job["seed"], shape=shape, dense=known)
+        self._key, self._dense = key, (dense, numbers.dense_seconds)
+        result = numbers.to_dict()
+        del result["summary"]
+        return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Evaluate methods on a file of prompts; see the module's first lines."""
+    parser = argparse.ArgumentParser(prog="python -m dit_sparse.eval.run", description="Fidelity of sparse methods.")
+    parser.add_argument("--prompts", type=Path, required=True, help="file with one prompt a line")
+    parser.add_argument("--methods", nargs="+", required=True)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--output", type=Path, required=True, help="file of results, made or continued")
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--long", action="store_true", help="the embedded model's long size, 8 steps, no guidance")
+    given = parser.parse_args(arguments)
+
+    from dit_sparse.commands.request import read_prompts
+    from dit_sparse.commands.settings import COMPARE
+    from dit_sparse.pipelines.embedded import DEFAULTS
+    from dit_sparse.pipelines.load import load
+
+    prompts = read_prompts(None, given.prompts, "")
+    base = {**DEFAULTS, **COMPARE["long" if given.long else "preview"]} if given.model == "embedded" else {}
+    names = ("frames", "height", "width", "steps", "guidance_scale")
+    jobs = fidelity_jobs(prompts, given.methods, given.seeds, {n: base[n] for n in names if n in base})
+    pipe = load(given.model)
+    pipe.set_progress_bar_config(disable=True)
+    results = run(jobs, FidelityWork(pipe), given.output)
+    for method in given.methods:
+        mine = [result for result, job in zip(results, jobs, strict=True) if job["method"] == method]
+        mean = {name: sum(r[name] for r in mine) / len(mine) for name in ("psnr", "ssim", "density", "speedup")}
+        text = ", ".join(f"{name} {value:.3f}" for name, value in mean.items())
+        print(f"{method}: {text} ({len(mine)} clips)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""Calling any Diffusers pipeline by one set of names, and reading its result as tensors in [0, 1]."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+Progress = Callable[[int, int], None]
+
+
+def accepted(pipe: Any) -> Mapping[str, inspect.Parameter]:
+    """The arguments that the pipeline's call takes, by name."""
+    return inspect.signature(pipe.__call__).parameters
+
+
+def call_host(
+    pipe: Any,
+    wanted: Mapping[str, Any],
+    *,
+    seed: int,
+    callback: Progress | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> torch.Tensor:
+    """Run a pipeline and return what it made.
+
+    Args:
+        pipe: a Diffusers pipeline for video or images.
+        wanted: arguments by the names that most hosts use; None means the host's own default.
+        seed: seeds a CPU generator, so that the noise does not depend on the device.
+        callback: called as callback(done, steps) after every denoising step.
+        extra: further arguments for this host alone.
+
+    Returns:
+        (F, 3, H, W) float32 on the CPU in [0, 1]; F is 1 for an image host.
+
+    Raises:
+        ValueError: the host does not take one of the arguments.
+    """
+    names = accepted(pipe)
+    arguments = {name: value for name, value in {**wanted, **(extra or {})}.items() if value is not None}
+    unknown = [name for name in arguments if name not in names]
+    if unknown:
+        raise ValueError(f"{type(pipe).__name__} takes no argument {unknown[0]!r}")
+    length = _text_length(pipe, names)
+    if length is not None:
+        arguments.setdefault("max_sequence_length", length)
+    arguments["generator"] = torch.Generator("cpu").manual_seed(seed)
+    arguments["output_type"] = "pt"
+    if callback is not None:
+        arguments.update(_progress(pipe, names, callback))
+    with torch.no_grad():
+        output = pipe(**arguments)
+    made = output.frames if hasattr(output, "frames") else output.images
+    # [B, F, 3, H, W] from a video host, [B, 3, H, W] from an image host
+    clip = made[0] if made.ndim == 5 else made[:1]
+    return clip.detach().float().cpu().clamp(0, 1)
+
+
+def _text_length(pipe: Any, names: Mapping[str, inspect.Parameter]) -> int | None:
+    """A tokenizer that was made for short prompts says so; hosts pad to 226 or 512 tokens otherwise."""
+    if "max_sequence_length" not in names:
+        return None
+    length = getattr(getattr(pipe, "tokenizer", None), "model_max_length", None)
+    usual = names["max_sequence_length"].default
+    return length if isinstance(length, int) and isinstance(usual, int) and length < usual else None
+
+
+def _progress(pipe: Any, names: Mapping[str, inspect.Parameter], callback: Progress) -> dict[str, Any]:
+    def report(done: int) -> None:
+        callback(done, len(pipe.scheduler.timesteps))
+
+    if "callback_on_step_end" in names:
+
+        def at_step_end(_pipe: Any, step: int, _time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            report(step + 1)
+            return tensors
+
+        return {"callback_on_step_end": at_step_end}
+    if "callback" in names:
+        return {"callback": lambda step, _time, _latents: report(step + 1)}
+    return {}
