@@ -121,7 +121,7 @@ class _Listener(ModelHook):
         return module
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Listener:
-        return self
+        return _Listener(Position(), None)  # a copied model has no session
 
     def __reduce__(self) -> Any:
         return ModelHook, ()
@@ -180,8 +180,8 @@ class _Before:
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._binding._begin(module, {**dict(zip(self._names, args, strict=False)), **kwargs})
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Before:
-        return self
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _inert
 
     def __reduce__(self) -> Any:
         return _nothing, ()
@@ -192,7 +192,7 @@ def _nothing() -> Callable[..., None]:
 
 
 def _inert(*args: Any) -> None:
-    """What an unpickled transformer has in place of the hook."""
+    """What an unpickled or copied transformer has in place of the hook."""
 
 
 class Binding:
@@ -294,7 +294,7 @@ def bind(model: torch.nn.Module, session: Session, *, scheduler: Any = None) -> 
     old = binding_of(model)
     if old is not None:
         old.unbind()
-    release(model)  # a deep copy of a bound model carries processors and hooks without a binding
+    release(model)  # a deep copy of a bound model carries hooks without a binding
     return Binding(model, session, family, scheduler)
 
 
@@ -312,7 +312,7 @@ def release(model: torch.nn.Module) -> None:
     _bindings.pop(model, None)
     _unlisten(model)
     for key, hook in list(model._forward_pre_hooks.items()):
-        if isinstance(hook, _Before):
+        if isinstance(hook, _Before) or hook is _inert:
             del model._forward_pre_hooks[key]
             model._forward_pre_hooks_with_kwargs.pop(key, None)
     for module in model.modules():

@@ -74,6 +74,7 @@ class Position:
         self._time: Any = None
         self._rising: bool | None = None
         self._seen: list[tuple[str, Inputs]] = []
+        self._shape: Any = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Position:
         return self
@@ -136,7 +137,10 @@ class Position:
             return self._by_value(timestep), length
         index = scheduler.step_index
         if index is None:
-            index = getattr(scheduler, "begin_index", None) or 0
+            # Before its first step a scheduler knows only where it was told to begin. A pipeline that starts late
+            # without telling it (Wan video-to-video) leaves the value of the timestep: one device read in a run.
+            begin = getattr(scheduler, "begin_index", None)
+            index = begin if begin is not None else self._by_value(timestep) or 0
         return (index, length) if isinstance(index, int) and index < length else (None, None)
 
     def _by_value(self, timestep: Any) -> int | None:
@@ -173,13 +177,20 @@ class Position:
         elif not self._by_time:
             first = name if name is not None else "0"
             again = any(branch == first and inputs.same(hidden, text) for branch, inputs in self._seen)
-            new_run = new_run or again or len(self._seen) >= MAX_REPEATS
+            resized = self._shape is not None and _size(hidden) != self._shape
+            new_run = new_run or again or resized or len(self._seen) >= MAX_REPEATS
+        self._shape = _size(hidden)
         if new_run:
             self._step, self._seen = 0, []
         return Place(self._step, self._length() if self._by_time else None, self._branch(name), new_run)
 
     def _branch(self, name: str | None) -> str:
         return name if name is not None else str(len(self._seen))
+
+
+def _size(hidden: Any) -> Any:
+    """Shape of the latents without the batch, in which guidance branches may differ."""
+    return tuple(hidden.shape[1:]) if isinstance(hidden, torch.Tensor) else None
 
 
 def _largest(timestep: Any) -> float:

@@ -11,7 +11,7 @@ from .methods import all_methods, build
 from .methods.base import Method
 from .report import Summary, summarize
 from .schedule import Schedule
-from .session import RunSession, one_line
+from .session import Run, RunSession, one_line
 
 if TYPE_CHECKING:
     from .bridge import Binding
@@ -171,20 +171,30 @@ def enable(target: Any, method: str | Method | SparseProc | None = None, **optio
     if reason:
         raise ValueError(reason)
     parts = bridge.transformers_of(target)
-    done: list[Any] = []
+    bindings = [bridge.binding_of(model) for _, model, _ in parts]
+    before = [b.session for b in bindings if b is not None and isinstance(b.session, RunSession)]
     try:
-        for _, model, scheduler in parts:
-            _disable_model(model)
-            session = RunSession(proc)
-            done.append(model)
-            binding = bridge.bind(model, session, scheduler=scheduler)
-            session.layers = sum(layer.bound for layer in binding.layers)
-            _apply_step_cache(model, proc.settings.step_cache)
+        _enable_parts(parts, proc)
     except Exception:
-        for model in done:
+        for _, model, _ in parts:
             _disable_model(model)
+        if before:
+            _enable_parts(parts, before[0].proc)  # what was on stays on
         raise
     return target
+
+
+def _enable_parts(parts: list[tuple[str, Any, Any]], proc: SparseProc) -> None:
+    """Bind every transformer of a pipeline to a session of its own, all reporting on the same run."""
+    from . import bridge
+
+    run = Run()
+    for _, model, scheduler in parts:
+        _disable_model(model)
+        session = RunSession(proc, run)
+        binding = bridge.bind(model, session, scheduler=scheduler)
+        session.layers = sum(layer.index >= 0 for layer in binding.layers)
+        _apply_step_cache(model, proc.settings.step_cache)
 
 
 def disable(target: Any) -> Any:
@@ -209,6 +219,8 @@ def _disable_model(model: Any) -> None:
     binding = bridge.binding_of(model)
     if binding is not None:
         binding.unbind()
+    else:
+        bridge.release(bridge.unwrap(model))  # a deep copy of a bound transformer carries our hooks
     if model in _cached_models:
         _cached_models.discard(model)
         model.disable_cache()

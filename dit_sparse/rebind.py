@@ -349,8 +349,8 @@ class SparseMixin:
         return dress(copy.copy(self._dense[0]), self._handle)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copied model goes on through the same session until it is bound or released itself."""
-        return dress(copy.deepcopy(self._dense[0], memo), self._handle.clone())
+        """A copied model is the untouched one, as a pickled one is: it has no session of its own to go through."""
+        return copy.deepcopy(self._dense[0], memo)
 
 
 def sparse_class(cls: type) -> type | None:

@@ -23,13 +23,30 @@ class SparseFallbackError(RuntimeError):
     """Raised instead of a dense fallback when `strict=True`."""
 
 
+class Run:
+    """What the sessions of one pipeline (the two denoisers of Wan 2.2) share: they report on the same run."""
+
+    def __init__(self) -> None:
+        self.sessions: list[RunSession] = []
+        self.over = False
+
+    def begin(self, session: RunSession) -> None:
+        """A session saw its run begin; whether that is a new run for all, or its turn in the one that goes on."""
+        if self.over or session.report.records or session.report.steps:
+            for other in self.sessions:
+                other.forget()
+            self.over = False
+
+
 class RunSession:
     """One transformer under one SparseProc: takes every call, decides, computes, remembers, counts.
 
     Implements the protocol that `bridge` calls. Holds no tensors of the model and nothing of Diffusers.
     """
 
-    def __init__(self, proc: SparseProc) -> None:
+    def __init__(self, proc: SparseProc, run: Run | None = None) -> None:
+        self.run = run or Run()
+        self.run.sessions.append(self)
         self.proc, self.settings, self.method = proc, proc.settings, proc.method
         self.schedule = proc.settings.schedule()
         self.memory = Memory(offload=proc.settings.offload)
@@ -45,9 +62,8 @@ class RunSession:
     def begin_forward(self, info: ForwardInfo) -> None:
         """A forward of the transformer begins; called outside any compiled graph."""
         if info.new_run:
+            self.run.begin(self)
             self.memory.reset()
-            self.report.reset()
-            self._guard.reset()
         if self.info is not None and info.grid != self.info.grid:
             self.memory.reset()
         if info.step not in self.report.steps:
@@ -58,6 +74,12 @@ class RunSession:
     def end_run(self) -> None:
         """The pipeline call is over: what was remembered between steps is freed, the report stays."""
         self.memory.reset()
+        self.run.over = True
+
+    def forget(self) -> None:
+        """A new run begins: the report and the distrust of layers belong to the last one."""
+        self.report.reset()
+        self._guard.reset()
 
     def fallback(self, layer: int, reason: str) -> None:
         """Count a call that stayed on the model's own dense path."""
@@ -137,7 +159,7 @@ class RunSession:
             out, _ = block_sparse_attention(query, key, value, plan.mask, scale=scale, key_mask=key_mask,
                                             backend=self.settings.backend,
                                             on_backend=lambda name: setattr(record, "backend", name))
-        except (ValueError, RuntimeError, NotImplementedError) as error:
+        except Exception as error:  # whatever a method or kernel trips over, the user's run goes on, and it is counted
             self._fall_back(record, one_line(error))
             return None
         if self.settings.check == "call" and not bool(torch.isfinite(out).all()):
@@ -175,7 +197,7 @@ class RunSession:
     def _call(self, record: CallRecord, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
               key_mask: torch.Tensor | None, scale: float, grid: TokenGrid) -> Call:
         generator = torch.Generator(device=query.device)
-        generator.manual_seed((self.settings.seed * 1_000_003 + record.step) * 1009 + record.layer)
+        generator.manual_seed(((self.settings.seed * 1_000_003 + record.step) * 1009 + record.layer) % 2**63)
         info = self.info
         place = (grid, str(query.device))
 
@@ -208,6 +230,9 @@ class RunSession:
         length = (self.info.num_steps if self.info else None) or self.settings.num_steps
         if self.info and length is None and self.settings.dense_steps:
             notes.append("dense_steps has no effect: the run's length is unknown; pass num_steps=")
+        first = min(self.report.steps, default=0)
+        if length and first and self.settings.dense_steps and not self.schedule.is_dense(first, length, 1 << 30):
+            notes.append(f"dense_steps has no effect: the run began at step {first} of {length}, past the dense ones")
         return notes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
@@ -117,3 +118,67 @@ import {other}
 assert hasattr(DiffusionPipeline, "set_attn_processor")
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_failed_enable_leaves_what_was_on(pipe):
+    enable(pipe, "radial", dense_steps=0, dense_layers=0)
+    with pytest.raises(ValueError, match="step_cache"):
+        enable(pipe, "svg", step_cache=object())
+    run(pipe)
+    assert "radial" in summary(pipe).method and summary(pipe).sparse_calls
+
+
+def test_a_deep_copy_is_the_untouched_pipeline(pipe):
+    before = run(pipe)
+    enable(pipe, "radial", dense_steps=0, dense_layers=0)
+    run(pipe)
+    calls = summary(pipe).calls
+    copied = copy.deepcopy(pipe)
+    assert torch.equal(run(copied, steps=4), before) and summary(pipe).calls == calls
+    disable(copied)
+    assert torch.equal(run(copied), before)
+    enable(copied, "radial", dense_steps=0, dense_layers=0)
+    assert not torch.equal(run(copied), before) and summary(copied).calls == calls
+
+
+def test_an_unbound_self_attention_layer_keeps_the_numbering_true(pipe):
+    class Mean:
+        def __call__(self, attn, hidden_states, *args, **kwargs):
+            return hidden_states.mean(1, keepdim=True).expand_as(hidden_states)
+
+    pipe.transformer.blocks[0].attn1.set_processor(Mean())
+    enable(pipe, "radial", dense_steps=0, dense_layers=0)
+    run(pipe)
+    report = summary(pipe)
+    assert report.per_layer[1] < 1 and any("attn1" in path for path in report.coverage) and report.fallbacks
+
+
+@pytest.mark.parametrize("seed", [10**11, 2**63 - 1, 10**30])
+def test_any_seed_stays_sparse(pipe, seed):
+    enable(pipe, "svg", density=0.3, dense_steps=0, dense_layers=0, seed=seed)
+    run(pipe, steps=2)
+    assert summary(pipe).sparse_calls and not summary(pipe).fallbacks
+
+
+def test_two_denoisers_report_on_one_run(pipe):
+    torch.manual_seed(1)
+    second = build_tiny_wan(1).transformer
+    both = WanPipeline(**{**pipe.components, "transformer_2": second}, boundary_ratio=0.7)
+    both.set_progress_bar_config(disable=True)
+    enable(both, "radial", dense_steps=0, dense_layers=0)
+    run(both, steps=6)
+    layers = len(second.blocks)
+    assert summary(both).steps == 6 and summary(both).calls == 6 * 2 * layers * 1
+    run(both, steps=1)
+    assert summary(both).steps == 1 and summary(both).calls == 2 * layers
+
+
+def test_video_to_video_counts_its_steps_from_where_it_starts(pipe):
+    from dit_sparse.pipelines.video_to_video import video_to_video
+
+    enable(pipe, "radial", dense_steps=0.2, dense_layers=0)
+    clip = torch.rand(9, 3, 64, 64)
+    video_to_video(pipe, clip, "a red circle", strength=0.6, steps=10)
+    report = summary(pipe)
+    assert min(report.per_step) == 4 and report.sparse_calls == report.calls
+    assert any("began at step 4 of 10" in note for note in report.notes)

@@ -128,9 +128,12 @@ def test_no_device_is_read_when_the_scheduler_counts() -> None:
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(3)
     position = Position(scheduler)
+    # Only the first step of a run may be read: the scheduler does not know yet where the pipeline begins.
+    assert position.advance(scheduler.timesteps[0], LATENT, COND).step == 0
+    scheduler.step(torch.zeros(1), scheduler.timesteps[0], torch.zeros(1))
     time = torch.zeros(1).as_subclass(Unreadable)
     for _ in range(2):
-        position.advance(time, LATENT, COND)
+        assert position.advance(time, LATENT, COND).step == 1
 
 
 @pytest.mark.parametrize("named", [True, False])
