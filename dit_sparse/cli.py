@@ -193,11 +193,14 @@ def bench(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> int:
+def doctor(
+    hosts: Annotated[bool, typer.Option("--hosts", help="List every transformer class of Diffusers instead.")] = False,
+    as_json: Json = False,
+) -> int:
     """Say what works on this machine, what does not, and what to do about it."""
-    from .commands.listing import show_doctor
+    from .commands.listing import show_doctor, show_hosts
 
-    return show_doctor(as_json)
+    return show_hosts(as_json) if hosts else show_doctor(as_json)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -210,6 +213,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit code: 0 done, 1 `doctor` found a problem, 2 wrong input (one line on standard error), 130 interrupted.
     """
     signal.signal(signal.SIGTERM, _interrupt)
+    for stream in (sys.stdout, sys.stderr):
+        # A prompt holds what the terminal's encoding may lack: never a reason to fail after a long run.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     # Threads that wait for each other by spinning make PyTorch many times slower as soon as another program wants the
     # cores (2 cores, one busy: 97 s instead of 11 s, November 2026). Read once, when PyTorch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -257,12 +257,13 @@ def test_undress_gives_the_original_back_with_later_settings() -> None:
     assert undress(original) is original and "_handle" not in vars(original)
 
 
-def test_copies_stay_sparse_and_pickles_are_the_original() -> None:
+def test_deep_copies_and_pickles_are_the_original() -> None:
     twin, session = made(Dispatching)
     q, k, v = qkv()
     copied = copy.deepcopy(twin)
-    assert type(copied) is type(twin) and copied._dense[0] is not twin._dense[0]
-    assert torch.equal(copied(None, q, k, v), twin(None, q, k, v)) and len(session.calls) == 2
+    assert type(copied) is Dispatching and copied is not twin._dense[0]
+    torch.testing.assert_close(copied(None, q, k, v), twin(None, q, k, v))
+    assert len(session.calls) == 1
     assert type(pickle.loads(pickle.dumps(dress(WanAttnProcessor(), torch.tensor([0, 0]))))) is WanAttnProcessor
 
 
