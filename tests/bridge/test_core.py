@@ -262,8 +262,8 @@ def test_deep_copies_and_pickles_are_the_original() -> None:
     q, k, v = qkv()
     copied = copy.deepcopy(twin)
     assert type(copied) is Dispatching and copied is not twin._dense[0]
-    torch.testing.assert_close(copied(None, q, k, v), twin(None, q, k, v))
-    assert len(session.calls) == 1
+    torch.testing.assert_close(copied(None, q, k, v), Dispatching()(None, q, k, v))
+    assert not session.calls
     assert type(pickle.loads(pickle.dumps(dress(WanAttnProcessor(), torch.tensor([0, 0]))))) is WanAttnProcessor
 
 
