@@ -85,11 +85,28 @@ def _drop_cut_line(path: Path) -> None:
 
 
 def fidelity_jobs(
-    prompts: Sequence[str], methods: Sequence[str], seeds: Sequence[int], shape: Mapping[str, Any]
+    prompts: Sequence[str],
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    shape: Mapping[str, Any],
+    *,
+    model: str = "embedded",
+    options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Job]:
-    """One job for each prompt, seed and method, those of one dense clip next to each other."""
+    """One job for each prompt, seed and method, those of one dense clip next to each other.
+
+    A job holds all that its result depends on: a file that was made with another model or other options (of the
+    methods, by method name, as for `FidelityWork`) is not taken for this one.
+
+    Raises:
+        ValueError: unknown method or option.
+    """
+    from dit_sparse import SparseProc
+
+    given = options or {}
+    written = {method: repr(SparseProc(method, **given.get(method, {}))) for method in methods}
     return [
-        {"prompt": prompt, "seed": seed, "method": method, **shape}
+        {"prompt": prompt, "seed": seed, "method": method, "model": model, "options": written[method], **shape}
         for prompt in prompts
         for seed in seeds
         for method in methods
@@ -128,7 +145,11 @@ class FidelityWork:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Evaluate methods on a file of prompts; see the module's first lines."""
+    """Evaluate methods on a file of prompts; see the module's first lines.
+
+    Returns:
+        Exit code: 0 done, 2 wrong input (one line on standard error).
+    """
     parser = argparse.ArgumentParser(prog="python -m dit_sparse.eval.run", description="Fidelity of sparse methods.")
     parser.add_argument("--prompts", type=Path, required=True, help="file with one prompt a line")
     parser.add_argument("--methods", nargs="+", required=True)
@@ -138,7 +159,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--long", action="store_true", help="the embedded model's long size, 8 steps, no guidance")
     given = parser.parse_args(arguments)
 
-    from dit_sparse.commands.request import read_prompts
+    from dit_sparse.commands.console import UserError
+
+    try:
+        _evaluate(given)
+    except (UserError, ValueError, OSError) as error:
+        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _evaluate(given: argparse.Namespace) -> None:
+    from dit_sparse.commands.request import check_seed, check_writable, read_prompts
     from dit_sparse.commands.settings import COMPARE
     from dit_sparse.pipelines.embedded import DEFAULTS
     from dit_sparse.pipelines.load import load
@@ -146,7 +178,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prompts = read_prompts(None, given.prompts, "")
     base = {**DEFAULTS, **COMPARE["long" if given.long else "preview"]} if given.model == "embedded" else {}
     names = ("frames", "height", "width", "steps", "guidance_scale")
-    jobs = fidelity_jobs(prompts, given.methods, given.seeds, {n: base[n] for n in names if n in base})
+    shape = {n: base[n] for n in names if n in base}
+    for seed in given.seeds:
+        check_seed(seed)
+    # All that can be refused is refused before the model is loaded.
+    jobs = fidelity_jobs(prompts, given.methods, given.seeds, shape, model=given.model)
+    check_writable(given.output)
+    finished(given.output)
     pipe = load(given.model)
     pipe.set_progress_bar_config(disable=True)
     results = run(jobs, FidelityWork(pipe), given.output)
@@ -155,7 +193,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         mean = {name: sum(r[name] for r in mine) / len(mine) for name in ("psnr", "ssim", "density", "speedup")}
         text = ", ".join(f"{name} {value:.3f}" for name, value in mean.items())
         print(f"{method}: {text} ({len(mine)} clips)")
-    return 0
 
 
 if __name__ == "__main__":

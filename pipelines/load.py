@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
 from pathlib import Path
@@ -73,7 +74,7 @@ def locate(model: str | Path) -> Path | str:
 
         return folder()
     path = Path(model)
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         return path
     if _HUB_ID.fullmatch(str(model)):
         return str(model)
@@ -95,7 +96,7 @@ def check_folder(folder: Path) -> dict[str, set[str]]:
     index = _read_json(folder / "model_index.json")
     stored: dict[str, set[str]] = {}
     for part, value in index.items():
-        if part.startswith("_") or not isinstance(value, list) or value[0] is None:
+        if part.startswith("_") or not isinstance(value, list) or not value or value[0] is None:
             continue
         if not (folder / part).is_dir():
             raise ValueError(f"weights are missing: {folder / part} does not exist")
@@ -122,16 +123,19 @@ def _tensor_names(file: Path) -> set[str]:
         try:
             header = json.loads(stream.read(length))
             entries = {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
-        except (ValueError, TypeError, LookupError) as error:
+            expected = 8 + length + max(entries.values(), default=0)
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise ValueError(f"weights are damaged: the header of {file} cannot be read") from error
-    expected = 8 + length + max(entries.values(), default=0)
     if expected != size:
         raise ValueError(f"weights are damaged: {file} has {size} bytes instead of {expected}")
     return set(entries)
 
 
 def _refuse_unfilled(pipe: Any, stored: dict[str, set[str]], folder: Path | str) -> None:
-    """Diffusers fills tensors that a file lacks with random numbers and goes on; here that is an error."""
+    """Diffusers fills tensors that a file lacks with random numbers, and leaves out those that the configuration has
+    no place for, and goes on; here both are errors."""
+    from diffusers import ModelMixin
+
     for part, names in stored.items():
         module = getattr(pipe, part, None)
         if not isinstance(module, torch.nn.Module):
@@ -143,6 +147,12 @@ def _refuse_unfilled(pipe: Any, stored: dict[str, set[str]], folder: Path | str)
         if unfilled:
             gone = f"{unfilled[0]} ({len(unfilled)} tensors missing)"
             raise ValueError(f"weights are damaged: {folder}/{part} lacks {gone}")
+        # Text encoders are often stored with the decoder that they do without.
+        ignored = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or []
+        unused = [n for n in sorted(names - set(state)) if not any(re.search(pattern, n) for pattern in ignored)]
+        if unused and isinstance(module, ModelMixin):
+            more = f"{unused[0]} ({len(unused)} tensors too many)"
+            raise ValueError(f"weights are damaged: {folder}/{part}/config.json has no place for {more}")
 
 
 def _read_json(file: Path) -> dict[str, Any]:

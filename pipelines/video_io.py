@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,12 @@ BAND = 24  # pixels above a clip that hold its label
 CELL = 256
 
 
+def part_name(path: Path) -> Path:
+    """The name in the folder of `path` that a file has while it is made: short, whatever the length of its own."""
+    digest = hashlib.sha1(os.fsencode(path.name)).hexdigest()[:8]
+    return path.with_name(f".{digest}.{os.getpid()}.part{path.suffix if len(path.suffix) < 9 else ''}")
+
+
 @contextmanager
 def finished_file(path: str | Path) -> Iterator[Path]:
     """A temporary name in the folder of `path`; moved to `path` at the end, removed after any error or Ctrl-C.
@@ -24,7 +31,7 @@ def finished_file(path: str | Path) -> Iterator[Path]:
         path: the file to be made; an older one is replaced.
     """
     path = Path(path)
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    part = part_name(path)
     try:
         yield part
         os.replace(part, path)
@@ -59,13 +66,22 @@ def write_video(path: str | Path, video: torch.Tensor, fps: int = 8, *, crf: int
     height, width = frames.shape[1:3]
     if height % 2 or width % 2:
         raise ValueError(f"a clip of {height}x{width} cannot be H.264: use even sides")
-    with finished_file(path) as part, av.open(str(part), "w", format="mp4") as container:
-        # one thread: the same clip gives the same bytes on every machine
-        stream = container.add_stream("libx264", rate=fps, options={"crf": str(crf), "threads": "1"})
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
+    try:
+        with finished_file(path) as part, av.open(_plain_name(part), "w", format="mp4") as container:
+            # one thread: the same clip gives the same bytes on every machine
+            stream = container.add_stream("libx264", rate=fps, options={"crf": str(crf), "threads": "1"})
+            stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+    except av.FFmpegError as error:
+        # Only some of FFmpeg's errors are errors of the system as well.
+        raise error if isinstance(error, OSError) else OSError(str(error)) from error
+
+
+def _plain_name(path: str | Path) -> str:
+    """FFmpeg takes what stands before a colon for a protocol, except after a slash."""
+    return os.path.abspath(path)
 
 
 def read_video(path: str | Path) -> torch.Tensor:
@@ -83,7 +99,7 @@ def read_video(path: str | Path) -> torch.Tensor:
     import av
 
     try:
-        with av.open(str(path)) as container:
+        with av.open(_plain_name(path)) as container:
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     except (av.FFmpegError, IndexError) as error:
         raise ValueError(f"{path} cannot be read as a video: {error}") from error

@@ -7,6 +7,8 @@
 # second run costs some milliseconds.
 
 home=${DIT_SPARSE_HOME:-$root/.dit-sparse}
+# The scripts change the folder later on.
+case $home in /*) ;; *) home=$(pwd)/$home ;; esac
 venv=$home/venv
 
 say() {

@@ -56,7 +56,7 @@ def compare(
     own = preset["options"] if method in (None, preset["method"]) else {}
     proc = sparse_proc(method or preset["method"], {**own, **given})
     warn_of_unknown_words(model, [text])
-    pipe = open_pipeline(model, device)
+    pipe = open_pipeline(model, device, proc)
     import torch
 
     from .. import SparseFallbackError
@@ -69,7 +69,7 @@ def compare(
     files = _write(path, dense, sparse, numbers, fps)
     result = {
         **numbers.to_dict(),
-        **shape.arguments(),
+        **shape.made(dense, numbers.summary["steps"]),
         "device": device_name(pipe),
         "files": [str(file) for file in files],
     }
@@ -94,7 +94,7 @@ def _write(path: Path, dense: Any, sparse: Any, numbers: Any, fps: int) -> list[
 
 
 def _print(result: dict[str, Any]) -> None:
-    sparse = result["sparse_density"]
+    sparse, guidance = result["sparse_density"], result["guidance_scale"]
     rows = [
         ["dense", f"{result['dense_seconds']:.1f}", "1.000", "-", "-", "-"],
         [
@@ -112,7 +112,8 @@ def _print(result: dict[str, Any]) -> None:
             "speed-up": f"{result['speedup']:.2f}x in wall time, text and decoding included",
             "prompt": f"{result['prompt']} (seed {result['seed']})",
             "clip": f"{result['width']}x{result['height']}, {result['frames']} frames, {result['steps']} steps, "
-            f"guidance {result['guidance_scale']}, {result['tokens']} tokens",
+            + ("" if guidance is None else f"guidance {guidance}, ")
+            + f"{result['tokens']} tokens",
             "method": result["method"],
             "density": f"{result['density']:.3f} over all calls"
             + ("" if sparse is None else f", {sparse:.3f} in the sparse ones"),

@@ -47,7 +47,8 @@ def quiet_libraries() -> None:
 
 def print_json(value: Any) -> None:
     """Print one JSON document; numbers that JSON does not know become null."""
-    print(json.dumps(_plain(value), indent=2, ensure_ascii=False))
+    readable = (sys.stdout.encoding or "").lower().startswith("utf")  # elsewhere JSON's own escapes
+    print(json.dumps(_plain(value), indent=2, ensure_ascii=not readable))
 
 
 def _plain(value: Any) -> Any:

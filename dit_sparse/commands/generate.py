@@ -8,7 +8,6 @@ from typing import Any
 from . import settings
 from .console import print_json, print_pairs, refusing
 from .request import (
-    Shape,
     check_seed,
     check_writable,
     parse_options,
@@ -49,21 +48,28 @@ def generate(
     prompts = read_prompts(prompt, prompts_file, EXAMPLES[0])
     base = DEFAULTS if model == "embedded" else {}
     shape = shape_of(model, size=size, frames=frames, steps=steps, guidance_scale=guidance_scale, base=base)
-    paths = plan_outputs(output, prompts, ".png" if shape.frames == 1 else ".mp4", seed)
+    suffix, many = ".png" if shape.frames == 1 else ".mp4", prompts_file is not None
+    paths = plan_outputs(output, prompts, suffix, seed, into_folder=many)
     proc = sparse_proc(method, parse_options(options or []) | ({} if density is None else {"density": density}))
     warn_of_unknown_words(model, prompts)
-    pipe = open_pipeline(model, device)
+    pipe = open_pipeline(model, device, proc)
     with refusing():
         from .. import enable, summary
 
         enable(pipe, proc)
     results = []
     for number, (text, path) in enumerate(zip(prompts, paths, strict=True), start=1):
-        check_writable(path)
+        if number > 1:
+            check_writable(path, sheet_path(path))
         label = "denoising" if len(prompts) == 1 else f"denoising {number}/{len(prompts)}"
         clip, seconds = make_clip(pipe, text, shape, seed, label)
+        if many:
+            with refusing(OSError, prefix=f"--output {path.parent}: "):
+                path.parent.mkdir(parents=True, exist_ok=True)
         files = write_clip(path, clip, fps)
-        result = describe(text, seed, shape, summary(pipe), seconds, device_name(pipe), files)
+        report = summary(pipe).to_dict()
+        made = shape.made(clip, report["steps"])
+        result = describe(text, seed, made, report, seconds, device_name(pipe), files)
         if as_json:
             results.append(result)
         else:
@@ -77,7 +83,7 @@ def write_clip(path: Path, clip: Any, fps: int) -> list[Path]:
     from ..pipelines.video_io import contact_sheet, write_image, write_video
 
     with refusing(OSError, prefix=f"{path} cannot be written: "):
-        if path.suffix == ".png":
+        if path.suffix.lower() == ".png":
             write_image(path, clip[0])
         else:
             write_video(path, clip, fps)
@@ -86,15 +92,20 @@ def write_clip(path: Path, clip: Any, fps: int) -> list[Path]:
 
 
 def describe(
-    prompt: str, seed: int, shape: Shape, summary: Any, seconds: float, device: str, files: list[Path]
+    prompt: str,
+    seed: int,
+    size: dict[str, Any],
+    report: dict[str, Any],
+    seconds: float,
+    device: str,
+    files: list[Path],
 ) -> dict[str, Any]:
-    """What was made and how, as plain data: the document that --json prints."""
-    report = summary.to_dict()
+    """What was made (`size`: Shape.made) and how (`report`: of the run), as the document that --json prints."""
     attention = min(report["attention_seconds"], seconds)
     return {
         "prompt": prompt,
         "seed": seed,
-        **shape.arguments(),
+        **size,
         "files": [str(file) for file in files],
         "device": device,
         "backends": report["backends"],
@@ -120,7 +131,7 @@ def print_summary(result: dict[str, Any], first: bool = True) -> None:
     sparse = result["sparse_density"]
     inside = "" if sparse is None else f" ({sparse:.3f} in the sparse ones)"
     frames = "1 frame" if result["frames"] == 1 else f"{result['frames']} frames"
-    size = f"{result['width']}x{result['height']}, {frames}, {report['steps']} steps"
+    size = f"{result['width']}x{result['height']}, {frames}, {result['steps']} steps"
     print_pairs(
         {
             "prompt": result["prompt"],

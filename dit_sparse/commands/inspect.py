@@ -32,14 +32,16 @@ def inspect(
         raise UserError("--query-tile and --key-tile belong to method gna")
     if png is not None and png.suffix.lower() != ".png":
         raise UserError(f"--png {png}: a picture needs the suffix .png")
-    target = png or Path(f"mask-{re.sub(r'[^a-z0-9-]', '', method.lower())}-{re.sub(r'[^0-9x]', '', grid)}.png")
-    check_writable(target, "--png")
-    with refusing():
+    with refusing(ValueError, TypeError):
         from ..grid import TokenGrid
+        from ..methods import build
 
+        build(method, **given)
         tokens = TokenGrid.parse(grid, text=text, text_at=text_at if text else "none")  # type: ignore[arg-type]
     if tokens.tokens > MAX_TOKENS:
         raise UserError(f"--grid {grid} has {tokens.tokens} tokens; the limit is {MAX_TOKENS}")
+    target = png or Path(f"mask-{re.sub(r'[^a-z0-9-]', '', method.lower())}-{re.sub(r'[^0-9x]', '', grid)}.png")
+    check_writable(target, argument="--png")
     with refusing(ValueError, TypeError):
         # The simulation refuses more than the report: it comes first, so that a refusal leaves no picture.
         simulation = _simulate(tokens, given, tiles) if method == "gna" else None

@@ -10,7 +10,7 @@ from .console import print_json, print_table
 
 def list_methods(as_json: bool) -> None:
     """Print every method with its paper and its options."""
-    from ..processor import methods
+    from ..processor import SETTINGS, methods
 
     found = methods()
     if as_json:
@@ -18,7 +18,21 @@ def list_methods(as_json: bool) -> None:
         return
     rows = [[m.name, m.title, m.arxiv or "-", ", ".join(f"{k}={v}" for k, v in m.options.items())] for m in found]
     print_table(["method", "what it is", "arXiv", "options and defaults"], rows)
-    print("Every method also takes dense_steps, dense_layers, dense_last_steps, refresh, strict, backend, seed.")
+    print(f"Every method also takes {', '.join(SETTINGS)}.")
+
+
+def show_hosts(as_json: bool) -> int:
+    """Print every transformer class of the installed Diffusers: supported, or why not."""
+    from ..walk import table, walk
+    from .console import quiet_libraries
+
+    quiet_libraries()
+    rows = walk()
+    if as_json:
+        print_json([dataclasses.asdict(row) for row in rows])
+    else:
+        print(table(rows))
+    return 0
 
 
 def show_doctor(as_json: bool) -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import hashlib
 import json
+import os
 import re
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,11 @@ class Shape:
         names = ("height", "width", "frames", "steps", "guidance_scale")
         return {name: getattr(self, name) for name in names}
 
+    def made(self, clip: Any, steps: int | None) -> dict[str, Any]:
+        """The same for a clip (F, 3, H, W) that was made, with what the host chose in place of None."""
+        size = {"height": clip.shape[2], "width": clip.shape[3], "frames": clip.shape[0]}
+        return {**self.arguments(), **size, "steps": self.steps if self.steps is not None else steps}
+
 
 def read_prompts(prompt: str | None, file: Path | None, example: str) -> list[str]:
     """The prompts to make: the one given, those of a file (one a line, # for remarks), or the example."""
@@ -53,7 +60,7 @@ def read_prompts(prompt: str | None, file: Path | None, example: str) -> list[st
             raise UserError("PROMPT is empty; say what to show, for example: " + repr(example))
         return [prompt.strip() if prompt else example]
     with refusing(OSError, UnicodeDecodeError, prefix=f"--prompts {file}: "):
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise UserError(f"--prompts {file}: the file holds no prompt; write one a line")
@@ -95,6 +102,8 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
 
 def sparse_proc(method: str | None, options: Mapping[str, Any]) -> Any:
     """A checked SparseProc, before any model is loaded."""
+    if options.get("step_cache") is not None:
+        raise UserError("step_cache takes a Diffusers cache configuration, an object; use it from Python")
     with refusing(ValueError, TypeError):
         from .. import SparseProc
 
@@ -177,22 +186,28 @@ def _geometry(model: str) -> tuple[tuple[int, int] | None, int | None]:
         transformer = json.loads((place / "transformer" / "config.json").read_text(encoding="utf-8"))
         patch = transformer["patch_size"]
         spatial, frame_step = int(vae["scale_factor_spatial"]), int(vae["scale_factor_temporal"]) * int(patch[0])
-        return (spatial * int(patch[1]), spatial * int(patch[2])), frame_step
+        cells = (spatial * int(patch[1]), spatial * int(patch[2]))
+        return (cells, frame_step) if min(*cells, frame_step) > 0 else (None, None)
     except (OSError, ValueError, LookupError, TypeError):
         # Another architecture, or a damaged folder: the host, or the check while loading, has the last word.
         return None, None
 
 
-def plan_outputs(output: Path | None, prompts: Sequence[str], suffix: str, seed: int = 0) -> list[Path]:
+def plan_outputs(
+    output: Path | None, prompts: Sequence[str], suffix: str, seed: int = 0, *, into_folder: bool = False
+) -> list[Path]:
     """Where the clips go: checked, so that a long run does not end with a path that cannot be written.
 
+    A folder that does not exist yet is made by the caller, when nothing is left that could be refused.
+
     Args:
-        output: the user's --output: a file, or a folder (needed for several prompts); None is the current folder.
+        output: the user's --output: a file, or a folder; None is the current folder.
         prompts: one clip each.
         suffix: ".mp4" or ".png".
         seed: part of the names that are made up here.
+        into_folder: `output` is a folder, also when it does not exist yet (the prompts come from a file).
     """
-    if output is not None and len(prompts) == 1 and not output.is_dir():
+    if output is not None and not into_folder and not os.path.isdir(output):
         if output.suffix == "":
             output = output.with_name(output.name + suffix)
         if output.suffix.lower() != suffix:
@@ -200,15 +215,14 @@ def plan_outputs(output: Path | None, prompts: Sequence[str], suffix: str, seed:
         paths = [output]
     else:
         folder = output or Path()
-        if output is not None and not output.is_dir():
-            if output.suffix or output.exists():
-                raise UserError(f"--output {output}: several prompts need a folder, not a file")
-            with refusing(OSError, prefix=f"--output {output}: "):
-                output.mkdir(parents=True)
+        if not os.path.isdir(folder) and (folder.suffix or os.path.lexists(folder)):
+            raise UserError(f"--output {output}: the clips of a file of prompts need a folder, not a file")
         several = len(prompts) > 1
         numbers = [f"{i:03d}-" if several else "" for i in range(1, len(prompts) + 1)]
         paths = [folder / f"{n}{_slug(p)}-{seed}{suffix}" for n, p in zip(numbers, prompts, strict=True)]
-    check_writable(paths[0])
+    with _trial_folder(paths[0].parent) if into_folder else contextlib.nullcontext():
+        for path in paths:
+            check_writable(path, sheet_path(path))
     return paths
 
 
@@ -217,15 +231,39 @@ def sheet_path(path: Path) -> Path:
     return path.with_name(path.stem + "-sheet.png")
 
 
-def check_writable(path: Path, argument: str = "--output") -> None:
-    """Refuse a path whose folder does not exist or takes no new file."""
-    if not path.parent.is_dir():
-        raise UserError(f"{argument} {path}: the folder {path.parent} does not exist")
-    if path.is_dir():
-        raise UserError(f"{argument} {path} is a folder")
-    # A file without a name where the system knows such: an interruption leaves nothing.
-    with refusing(OSError, prefix=f"{argument} {path} cannot be written: "), tempfile.TemporaryFile(dir=path.parent):
-        pass
+def check_writable(*paths: Path, argument: str = "--output") -> None:
+    """Refuse a file whose folder does not exist or takes no new file, whose name is too long, or that is a folder."""
+    from ..pipelines.video_io import part_name
+
+    for path in paths:
+        if not os.path.isdir(path.parent):
+            raise UserError(f"{argument} {path}: the folder {path.parent} does not exist")
+        if os.path.isdir(path):
+            raise UserError(f"{argument} {path} is a folder")
+        with refusing(OSError, prefix=f"{argument} {path} cannot be written: "):
+            with contextlib.suppress(FileNotFoundError):
+                os.stat(path)  # the system knows which names are too long
+            # The very file that the result will be written to before it gets its name.
+            part = part_name(path)
+            try:
+                part.open("wb").close()
+            finally:
+                with contextlib.suppress(OSError):
+                    part.unlink()
+
+
+@contextlib.contextmanager
+def _trial_folder(folder: Path) -> Iterator[None]:
+    """The folder exists inside the block; what had to be made for that is gone afterwards."""
+    missing = [place for place in (folder, *folder.parents) if not os.path.isdir(place)]
+    try:
+        with refusing(OSError, prefix=f"--output {folder}: "):
+            folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for place in missing:
+            with contextlib.suppress(OSError):
+                place.rmdir()
 
 
 def _kind(suffix: str) -> str:
@@ -233,5 +271,10 @@ def _kind(suffix: str) -> str:
 
 
 def _slug(prompt: str) -> str:
-    words = re.findall(r"[a-z0-9]+", prompt.lower())
-    return "-".join(words)[:60].rstrip("-") or "clip"
+    """A part of a file name; where words are lost, a digest keeps the names of different prompts apart."""
+    words = "-".join(re.findall(r"[a-z0-9]+", prompt.lower()))
+    slug = words[:60].rstrip("-")
+    if slug and slug == words and prompt.isascii():
+        return slug
+    digest = hashlib.sha1(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:6]
+    return f"{slug or 'clip'}-{digest}"

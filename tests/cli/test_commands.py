@@ -1,5 +1,6 @@
 """The commands on a tiny model: files, numbers, interruption."""
 
+import json
 import os
 import signal
 import subprocess
@@ -170,3 +171,85 @@ print("torch" in sys.modules, file=sys.stderr)
     assert time.monotonic() - start < 3  # 0.3 s on an idle core; the suite runs two processes on two cores
     assert done.stderr.strip() == "False"
     assert "generate" in done.stdout
+
+
+NAMES = {
+    "colon": ("a:b.mp4", ["a:b-sheet.png", "a:b.mp4"]),
+    "long": ("x" * 245 + ".mp4", ["x" * 245 + "-sheet.png", "x" * 245 + ".mp4"]),
+}
+
+
+@pytest.mark.parametrize("command", ["generate", "compare"])
+@pytest.mark.parametrize("case", NAMES)
+def test_unusual_names_of_clips(dit_sparse, tiny_folder: Path, command: str, case: str) -> None:
+    name, files = NAMES[case]
+    done = dit_sparse(command, "a red circle", "--output", name, "--model", tiny_folder, *SMALL)
+    assert done.code == 0, done.err
+    assert sorted(done.files) == files
+    assert len(read_video(name)) == 5
+
+
+def test_an_image_with_a_capital_suffix_is_an_image(dit_sparse, tiny_folder: Path) -> None:
+    from PIL import Image
+
+    words = ["--model", tiny_folder, "--size", "32", "--frames", "1", "--steps", "2", "--output", "a.PNG"]
+    assert dit_sparse("generate", "a red circle", *words).code == 0
+    with Image.open("a.PNG") as picture:
+        assert (picture.format, picture.size) == ("PNG", (32, 32))
+
+
+@pytest.mark.parametrize("words", [[], ["--json"]], ids=["table", "json"])
+def test_prompts_that_the_terminal_cannot_show(tiny_folder: Path, tmp_path: Path, words: list[str]) -> None:
+    words = ["generate", "a é circle", "--model", str(tiny_folder), *SMALL, *words]
+    done = subprocess.run(
+        [sys.executable, "-m", "dit_sparse.cli", *words], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"},
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    if "--json" in words:
+        assert json.loads(done.stdout)["prompt"] == "a é circle"
+    else:
+        assert "a \\xe9 circle" in done.stdout
+
+
+@pytest.mark.parametrize("prompts", ["a red circle\n", "\ufeffa red circle\na blue star\n"], ids=["one", "two, marked"])
+def test_a_file_of_prompts_fills_a_folder(dit_sparse, tiny_folder: Path, tmp_path: Path, prompts: str) -> None:
+    (tmp_path / "prompts.txt").write_text(prompts, encoding="utf-8")
+    words = ["--prompts", "prompts.txt", "--output", "clips", "--model", tiny_folder, "--json", *SMALL]
+    done = dit_sparse("generate", *words)
+    assert done.code == 0, done.err
+    assert done.files == {"clips", "prompts.txt"}
+    assert done.json[0]["prompt"] == "a red circle"
+    assert len(list((tmp_path / "clips").iterdir())) == 2 * len(done.json)
+
+
+def test_different_prompts_have_different_names() -> None:
+    from dit_sparse.commands.request import plan_outputs
+
+    prompts = ["红色圆圈", "蓝色星星", "красный circle", "синий circle", "a " * 40 + "b", "a " * 40 + "c", "\udce9"]
+    names = {plan_outputs(None, [prompt], ".mp4")[0].name for prompt in prompts}
+    assert len(names) == len(prompts) and all(name.isascii() and len(name) < 80 for name in names)
+
+
+@pytest.mark.parametrize("command", ["generate", "compare"])
+def test_the_host_s_own_size_is_reported(
+    dit_sparse, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    from dit_sparse.pipelines import text_to_video as module
+
+    host = {"height": 32, "width": 48, "frames": 5, "steps": 2}
+    real = module.text_to_video
+    monkeypatch.setattr(module, "text_to_video", lambda *a, **k: real(*a, **{**k, **host}))
+    words = ["a red circle", "--model", tiny_folder]
+    text = dit_sparse(command, *words)
+    assert text.code == 0, text.err
+    assert "None" not in text.out and "48x32, 5 frames, 2 steps" in text.out
+    result = dit_sparse(command, *words, "--json").json
+    assert {name: result[name] for name in host} == host
+
+
+def test_methods_names_all_shared_options(dit_sparse) -> None:
+    from dit_sparse.processor import SETTINGS
+
+    last = dit_sparse("methods").out.splitlines()[-1]
+    assert all(name in last for name in SETTINGS)

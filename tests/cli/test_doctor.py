@@ -64,3 +64,10 @@ def test_a_crash_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "dit_sparse.kernels.attention", module)
     check = by_name(doctor.examine())["backends"]
     assert check.status == "problem" and "ImportError" in check.detail
+
+
+def test_hosts(dit_sparse) -> None:
+    table = dit_sparse("doctor", "--hosts")
+    assert table.code == 0 and "| WanTransformer3DModel | yes (wan)" in table.out
+    rows = {row["cls"]: row["supported"] for row in dit_sparse("doctor", "--hosts", "--json").json}
+    assert rows["WanTransformer3DModel"] and not all(rows.values())

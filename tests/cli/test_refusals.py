@@ -1,5 +1,6 @@
 """Bad input: one line, exit code 2, no traceback, no file."""
 
+import json
 import os
 from pathlib import Path
 
@@ -118,3 +119,50 @@ def test_long_is_for_the_embedded_model(dit_sparse, tiny_folder: Path) -> None:
 @pytest.mark.parametrize("words", [["paint"], [], ["generate", "--nope"]], ids=["command", "nothing", "flag"])
 def test_unknown_words_on_the_command_line(dit_sparse, words: list[str]) -> None:
     dit_sparse(*words).refusal()
+
+
+LONG = "x" * 300
+NAMES = {
+    "too long": ["--output", LONG + ".mp4"],
+    "sheet too long": ["--output", "x" * 248 + ".mp4"],
+    "sheet is a folder": ["--output", "b.mp4"],
+    "model too long": ["--model", LONG],
+    "meta device": ["--device", "meta"],
+    "step_cache": ["-o", "step_cache=foo"],
+    "kernel of a GPU": ["--device", "cpu", "-o", "backend=triton"],
+}
+
+
+@pytest.mark.parametrize("command", ["generate", "compare"])
+@pytest.mark.parametrize("case", NAMES)
+def test_refused_before_the_model_is_loaded(
+    dit_sparse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, command: str
+) -> None:
+    import dit_sparse.pipelines.load as module
+
+    monkeypatch.setattr(module, "load", lambda *_a, **_k: pytest.fail("the model was loaded"))
+    (tmp_path / "b-sheet.png").mkdir()
+    done = dit_sparse(command, "a red circle", *NAMES[case])
+    assert done.refusal() and done.files == {"b-sheet.png"}
+
+
+@pytest.mark.parametrize("words", [[LONG], ["svg", "--grid", "9" * 300 + "x1x1"], ["svg", "--png", LONG + ".png"]])
+def test_inspect_refuses_long_words(dit_sparse, words: list[str]) -> None:
+    done = dit_sparse("inspect", *words)
+    assert done.refusal() and done.files == set()
+
+
+@pytest.mark.parametrize("words", [["--method", "magic"], ["--device", "meta"]], ids=["method", "device"])
+@pytest.mark.parametrize("folder", ["clips", "deep/clips"])
+def test_a_refusal_leaves_no_folder(dit_sparse, tmp_path: Path, words: list[str], folder: str) -> None:
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    done = dit_sparse("generate", "--prompts", "prompts.txt", "--output", folder, *words)
+    assert done.refusal() and done.files == {"prompts.txt"}
+
+
+@pytest.mark.parametrize("patch", [[1, 0, 0], [0, 2, 2], []])
+def test_a_patch_of_nothing(dit_sparse, tiny_copy: Path, patch: list[int]) -> None:
+    file = tiny_copy / "transformer/config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "patch_size": patch}))
+    done = dit_sparse("generate", "a red circle", "--model", tiny_copy, "--size", 32, "--frames", 3)
+    assert done.refusal() and done.files == set()

@@ -7,7 +7,7 @@ import pytest
 from dit_sparse import SparseProc
 from dit_sparse.eval.compare import compare
 from dit_sparse.eval.fidelity import CAP
-from dit_sparse.eval.run import FidelityWork, fidelity_jobs, main, run
+from dit_sparse.eval.run import FidelityWork, fidelity_jobs, job_key, main, run
 from tests.tiny_wan import build_tiny_wan, save_tiny_wan
 
 SHAPE = {"frames": 5, "height": 32, "width": 48, "steps": 3, "guidance_scale": 1.0}
@@ -68,3 +68,35 @@ def test_command_prints_means(tmp_path: Path, capsys: pytest.CaptureFixture, mon
     assert main([*map(str, words), "--model", str(model)]) == 0
     assert "dense: psnr" in capsys.readouterr().out
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_job_names_model_and_options() -> None:
+    def keys(**given) -> set[str]:
+        return {job_key(job) for job in fidelity_jobs(["a"], ["svg"], [0], SHAPE, **given)}
+
+    assert keys() == keys(model="embedded", options={"radial": {"density": 0.1}})
+    assert not keys() & keys(model="other")
+    assert not keys() & keys(options={"svg": {"density": 0.1}})
+
+
+WRONG = {
+    "prompts": {"--prompts": "none.txt"},
+    "folder": {"--output": "none/results.jsonl"},
+    "method": {"--methods": "magic"},
+    "seed": {"--seeds": "-1"},
+    "foreign file": {"--output": "prompts.txt"},
+    "model": {"--model": "nowhere"},
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a red circle\n")
+    words = {"--prompts": "prompts.txt", "--methods": "svg", "--output": "results.jsonl", **WRONG[case]}
+    assert main([word for pair in words.items() for word in pair]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and "error: " in err
+    assert [file.name for file in tmp_path.iterdir()] == ["prompts.txt"]

@@ -208,3 +208,10 @@ def test_a_link_to_the_command_works(machine: Machine) -> None:
     (machine.bin / "link").symlink_to(machine.root / "dit-sparse")
     done = subprocess.run([str(machine.bin / "link"), "methods"], env=machine.env, capture_output=True, text=True)
     assert done.stdout == "<methods>\n"
+
+
+def test_a_relative_home_is_that_of_the_caller(machine: Machine) -> None:
+    machine.python()
+    machine.env["DIT_SPARSE_HOME"] = "home"
+    assert machine.run(script="run-tests").returncode == 0
+    assert (machine.bin / "home/venv").is_dir() and not (machine.root / "home").exists()

@@ -104,3 +104,24 @@ def test_method_is_switched_on(tiny_folder: Path) -> None:
     disable(pipe)
     with pytest.raises(ValueError, match="no-such-method"):
         load(tiny_folder, device="cpu", method="no-such-method")
+
+
+HEADERS = ["[1, 2]", '{"x": 3}', '{"x": {"data_offsets": [0, "y"]}}', '{"x": {"data_offsets": [0, null]}, "z": null}']
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_foreign_headers_are_named(copy: Path, header: str) -> None:
+    (copy / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header.encode())
+    assert "damaged" in refusal(copy)
+
+
+def test_a_part_without_a_class_is_one_line(copy: Path) -> None:
+    file = copy / "model_index.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "vae": []}))
+    assert refusal(copy)
+
+
+def test_layers_that_would_be_left_out_are_named(copy: Path) -> None:
+    file = copy / "transformer/config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_layers": 1}))
+    assert "blocks.1." in refusal(copy)

@@ -90,3 +90,22 @@ def test_side_by_side_keeps_both_clips() -> None:
     assert both.shape == (5, 3, 48 + BAND, 128)
     assert torch.equal(both[..., BAND:, :64], left)
     assert torch.equal(both[..., BAND:, 64:], right)
+
+
+@pytest.mark.parametrize("name", ["a:b.mp4", "http:x.mp4", "x" * 251 + ".mp4"], ids=["colon", "protocol", "long"])
+def test_any_legal_name_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_video(name, gradient())
+    assert os.listdir() == [name]
+    assert read_video(name).shape == gradient().shape
+
+
+def test_an_error_of_ffmpeg_is_an_oserror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import av
+
+    def fail(*_args, **_kwargs):
+        raise av.error.ProtocolNotFoundError(1, "no such protocol")
+
+    monkeypatch.setattr(av, "open", fail)
+    with pytest.raises(OSError, match="no such protocol"):
+        write_video(tmp_path / "clip.mp4", gradient())
