@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from .entry import NAME, attach_to_models, pipeline_method, recognising
+from .entry import attach
 
 # module -> the class in it that receives or recognises a SparseProc
 WATCHED = {
@@ -64,16 +64,9 @@ def _enable(target: Any, proc: Any) -> None:
 
 def _attach(module: ModuleType) -> None:
     """Patch the class that this module defines."""
-    name = WATCHED[module.__name__]
-    owner = getattr(module, name, None)
-    if owner is None:
-        return
-    if name == "ModelMixin":
-        attach_to_models(owner, _enable)
-    elif name == "AttentionMixin":
-        setattr(owner, NAME, recognising(getattr(owner, NAME), _enable))
-    else:
-        setattr(owner, NAME, pipeline_method(_enable))
+    owner = getattr(module, WATCHED[module.__name__], None)
+    if owner is not None:
+        attach(owner, _enable)
 
 
 def install() -> None:

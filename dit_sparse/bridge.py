@@ -12,14 +12,13 @@ from typing import Any, Protocol
 import torch
 from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
 
-from .entry import install_entry_points
 from .families import Family, family_of, reason_against
 from .grid import TokenGrid
 from .position import LiveScheduler, Position
 from .rebind import Runtime, SparseMixin, dress, sparse_class, undress
 
 __all__ = ["Binding", "ForwardInfo", "LayerInfo", "Session", "bind", "binding_of", "check_diffusers",
-           "install_entry_points", "release", "transformers_of", "unwrap"]
+           "release", "transformers_of", "unwrap"]
 
 TESTED = ((0, 42), (0, 43))  # first tested release of Diffusers, first untested one
 HOOK = "dit_sparse"

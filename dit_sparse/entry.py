@@ -9,24 +9,22 @@ Handler = Callable[[Any, Any], Any]
 NAME = "set_attn_processor"
 
 
-def install_entry_points(handler: Handler) -> None:
-    """Give pipelines `set_attn_processor` and make transformers recognise a SparseProc; twice equals once.
+def attach(owner: type, handler: Handler) -> None:
+    """Give one of Diffusers' base classes `set_attn_processor`; twice equals once.
 
     A processor with the attribute `is_sparse_proc = True` goes to the handler; any other (or a dict of them) to the
     model's own method.
 
     Args:
+        owner: DiffusionPipeline, ModularPipeline, AttentionMixin or ModelMixin.
         handler: called with (pipeline or transformer, SparseProc).
     """
-    from diffusers.models.attention import AttentionMixin
-    from diffusers.models.modeling_utils import ModelMixin
-    from diffusers.modular_pipelines.modular_pipeline import ModularPipeline
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
-    for pipeline in (DiffusionPipeline, ModularPipeline):
-        setattr(pipeline, NAME, pipeline_method(handler))
-    setattr(AttentionMixin, NAME, recognising(AttentionMixin.set_attn_processor, handler))
-    attach_to_models(ModelMixin, handler)
+    if owner.__name__ == "ModelMixin":
+        setattr(owner, NAME, _ForModels(owner, handler))
+    elif owner.__name__ == "AttentionMixin":
+        setattr(owner, NAME, recognising(getattr(owner, NAME), handler))
+    else:
+        setattr(owner, NAME, pipeline_method(handler))
 
 
 def pipeline_method(handler: Handler) -> Callable[[Any, Any], None]:
@@ -95,13 +93,3 @@ class _ForModels:
         if not getattr(processor, "is_sparse_proc", False):
             raise ValueError(f"{type(model).__name__} has no set_attn_processor; only a SparseProc can be set")
         self._handler(model, processor)
-
-
-def attach_to_models(mixin: type, handler: Handler) -> None:
-    """Give every supported transformer `set_attn_processor`.
-
-    Args:
-        mixin: Diffusers' ModelMixin.
-        handler: as in `install_entry_points`.
-    """
-    setattr(mixin, NAME, _ForModels(mixin, handler))

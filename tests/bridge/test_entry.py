@@ -10,7 +10,7 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-from dit_sparse import bridge
+from dit_sparse import bridge, entry
 from dit_sparse.position import LiveScheduler
 from tests.bridge.hosts import HOSTS
 from tests.bridge.sessions import processors_of
@@ -31,7 +31,8 @@ def given(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(AttentionMixin, "set_attn_processor", AttentionMixin.set_attn_processor)
     calls: list = []
     for _ in range(2):
-        bridge.install_entry_points(lambda target, proc: calls.append((target, proc)))
+        for cls in (DiffusionPipeline, ModularPipeline, AttentionMixin, ModelMixin):
+            entry.attach(cls, lambda target, proc: calls.append((target, proc)))
     return calls
 
 
