@@ -4,8 +4,10 @@
 
 The same clips (same captions, same noise) are sampled with dense attention and with block masks of one density: the
 key blocks with the largest exact attention mass, a random choice, and blocks near in the sequence; the query's own
-block is always kept. PSNR is between final videos, against the dense one. Beside it, for every layer and head, the
-share of the attention mass inside the own frame, at the own place over time, and in the nearest fifth of the tokens.
+block is always kept. PSNR is between final videos, against the dense one. It is measured twice: with every step and
+layer sparse, and with the schedule that methods are compared on (a first share of the steps dense, and layer 0).
+Beside it, for every layer and head, the share of the attention mass inside the own frame, at the own place over time,
+and in the nearest fifth of the tokens.
 """
 
 from __future__ import annotations
@@ -109,6 +111,20 @@ def sparse(kind: str, block: int, density: float, seed: int = 0):
     return run
 
 
+def scheduled(replacement, layers: int, steps: int, dense_share: float):
+    """The same replacement, but dense in layer 0 and in the first `dense_share` of the steps; 0 changes nothing."""
+    dense_steps = math.ceil(dense_share * steps)
+
+    def run(query, key, value, call):
+        layer, step = call % layers, call // layers % steps
+        if dense_share and (layer == 0 or step < dense_steps):
+            q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return replacement(query, key, value, layer)
+
+    return run
+
+
 def shares(seen: list, frames: int, height: int, width: int, rows: int = 256):
     """A replacement for :func:`attention` that is dense and records where each head's mass lies.
 
@@ -147,23 +163,28 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return 10 * torch.log10(4 / (a - b).square().flatten(1).mean(1).clamp(min=1e-10))
 
 
-def compare(run: evaluate.Evaluation, spec, frames: int, size: int, density: float, blocks=(64, 128), steps: int = 20):
+def compare(run: evaluate.Evaluation, spec, a: argparse.Namespace) -> None:
     """Record mean PSNR to the dense clip of every choice of blocks, and what the random choice loses to the exact."""
-    device, count = run.device, len(spec["two"])
-    options = dict(frames=frames, size=size, steps=steps)
-    dense = run.clips(spec, 2, **options)
-    for block in blocks:
-        found = {}
-        for kind in ("exact", "random", "near"):
-            with attention(sparse(kind, block, density)):
-                clips = run.clips(spec, 2, **options)
+    device, count, frames, size = run.device, len(spec["two"]), a.frames, a.size
+    options = dict(frames=frames, size=size, steps=a.steps, guidance=a.guidance)
+    layers = len(run.transformer.blocks)
+    dense = run.clips(spec, 1, **options)
+    for dense_share, block in [(share, block) for share in a.dense_share for block in a.blocks]:
+        found, kinds = {}, ("exact", "random", "near")
+        for kind in kinds:
+            with attention(scheduled(sparse(kind, block, a.density), layers, a.steps, dense_share)):
+                clips = run.clips(spec, 1, **options)
             found[kind] = psnr(clips, dense)
-            if kind == "random" or block == blocks[0]:
-                evaluate.sheet(clips[:8], world.captions(spec)[:8], run.out / f"sparse_{kind}_{block}.jpg", edge=128)
+            name = f"sparse_{kind}_{block}_{round(100 * dense_share)}"
+            print(name, found[kind].tolist(), flush=True)
+            evaluate.sheet(clips[:8], world.captions(spec)[:8], run.out / f"{name}.jpg", edge=128)
         loss = found["exact"] - found["random"]
         run.add(
-            f"blocks_of_{block}",
-            density=density,
+            f"blocks_of_{block}_dense_{round(100 * dense_share)}",
+            density=a.density,
+            steps=a.steps,
+            guidance=a.guidance,
+            dense_share=dense_share,
             clips=count,
             tokens=(frames // 2 + 1) * (size // 16) ** 2,
             psnr={kind: round(values.mean().item(), 2) for kind, values in found.items()},
@@ -204,13 +225,16 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--frames", type=int, default=33)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--blocks", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--dense-share", type=float, nargs="+", default=[0.0, 0.2], help="of the first steps")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a = parser.parse_args()
     parts = evaluate.load_folder(a.folder, a.device) if a.folder else train.load_parts(a.state, a.device)
     run = evaluate.Evaluation(parts, a.out, time.time() + 600)
     spec = evaluate.held_out_specs(a.clips, run.device, seed=21)
     look(run, {name: values[:2] for name, values in spec.items()}, a.frames, a.size)
-    compare(run, spec, a.frames, a.size, a.density, steps=a.steps)
+    compare(run, spec, a)
     (Path(a.out) / "discriminate.json").write_text(json.dumps(run.results, indent=1))
 
 

@@ -131,6 +131,14 @@ class Evaluation:
         self.add(name, drawn=checks.summarise(drawn), through_vae=checks.summarise(rebuilt), clips=len(drawn))
 
 
+def glance(run: Evaluation, count: int, scale: float = 1.0) -> None:
+    """Scores of some preview clips and single frames: how far a training is."""
+    size, frames = int(256 * scale), 17 if scale == 1 else 13
+    spec = held_out_specs(count, run.device)
+    run.score("preview", spec, 32, "preview.jpg", extras=True, frames=frames, size=size)
+    run.score("image", spec, 64, extras=True, frames=1, size=size)
+
+
 def evaluate(run: Evaluation, count: int, long_count: int, scale: float = 1.0) -> None:
     """The whole evaluation, the most wanted numbers first; what the time does not allow is left out."""
     size, frames, long_frames = int(256 * scale), 17 if scale == 1 else 13, 33 if scale == 1 else 13
@@ -169,13 +177,18 @@ def main() -> None:
     parser.add_argument("--out", default="results")
     parser.add_argument("--captions", type=int, default=200)
     parser.add_argument("--long-captions", type=int, default=64)
+    parser.add_argument("--glance", action="store_true", help="preview clips and single frames only")
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--scale", type=float, default=1.0, help="below 1: tiny clips, to rehearse on a CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a = parser.parse_args()
     until = time.time() + a.seconds
     parts = load_folder(a.folder, a.device) if a.folder else train.load_parts(a.state, a.device)
-    evaluate(Evaluation(parts, a.out, until), a.captions, a.long_captions, a.scale)
+    run = Evaluation(parts, a.out, until)
+    if a.glance:
+        glance(run, a.captions, a.scale)
+    else:
+        evaluate(run, a.captions, a.long_captions, a.scale)
 
 
 if __name__ == "__main__":

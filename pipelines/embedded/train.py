@@ -3,9 +3,9 @@
     python -m dit_sparse.pipelines.embedded.train --state .train --seconds 540
     python -m dit_sparse.pipelines.embedded.train --state .train --export pipelines/embedded/weights
 
-Every call trains until its seconds are over or the plan is done: the VAE and its gate, then the stages of
-``train_transformer.STAGES``. Clips are drawn on the device and never stored. Seeds are fixed; how many steps fit into
-a stage's seconds depends on the machine.
+Every call trains until its seconds are over or the plan is done: the VAE and its gate, the text encoder, then the
+stages of ``train_transformer.STAGES``. Clips are drawn on the device and never stored. Seeds are fixed; how many
+steps fit into a stage's seconds depends on the machine.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.fx.experimental._config
 
-from . import model, state, train_transformer, train_vae, world
+from . import model, state, train_transformer, train_vae, train_words, world
 from .optimise import Optimiser
 
 _BEGIN = time.time()
@@ -54,8 +54,8 @@ class Run:
             self._start(Path(arguments.start))
 
     def _start(self, folder: Path) -> None:
-        """Take up the weights of a Diffusers folder, as if the stages before had been done here."""
-        for name in ("vae", "text_encoder", "transformer"):
+        """Take up VAE and transformer of a Diffusers folder. The text encoder is trained anew: that takes seconds."""
+        for name in ("vae", "transformer"):
             module = getattr(self, name)
             module.load_state_dict(type(module).from_pretrained(folder / name).float().state_dict())
         config = json.loads((folder / "vae" / "config.json").read_text())
@@ -73,8 +73,10 @@ class Run:
     def save(self, optimiser: Optimiser | None = None) -> None:
         """Save the state, and copy it to --out if there is one."""
         tensors = state.put("vae", self.vae)
+        if self.facts.get("words_done"):
+            tensors |= state.put("text_encoder", self.text_encoder)
         if optimiser is not None:
-            tensors |= state.put("text_encoder", self.text_encoder) | state.put("transformer", self.transformer)
+            tensors |= state.put("transformer", self.transformer)
             tensors |= {"average." + name: value.bfloat16() for name, value in optimiser.averaged().items()}
         state.save(self.path, tensors, self.facts)
         if self.arguments.out:
@@ -111,11 +113,17 @@ class Run:
         self.facts["gate"] = gates
         self.facts["spent"]["vae_more"] = a.vae_more
 
+    def train_words(self) -> None:
+        """The text encoder, once."""
+        if not self.facts.get("words_done"):
+            train_words.train(self.text_encoder, self.arguments.words_seconds, self.log)
+            self.facts["words_done"] = True
+
     def train_transformer(self) -> None:
         """The stages that are not done yet, as far as the time goes."""
         a = self.arguments
-        self.vae.requires_grad_(False)
-        optimiser = Optimiser({"text_encoder": self.text_encoder, "transformer": self.transformer}, a.matrix_lr > 0)
+        self.vae.requires_grad_(False), self.text_encoder.requires_grad_(False)
+        optimiser = Optimiser({"transformer": self.transformer}, a.matrix_lr > 0)
         if self.average:
             optimiser.load_average(self.average)
         if a.compile:
@@ -191,7 +199,7 @@ def load_parts(path: Path | str, device: torch.device | str = "cpu", shipped: bo
     vae.load_state_dict(state.take(tensors, "vae"))
     vae.register_to_config(**facts["norm"])
     transformer.load_state_dict(state.take(average, "transformer"))
-    text_encoder.load_state_dict(state.take(average, "text_encoder"), strict=False)
+    text_encoder.load_state_dict(state.take(tensors, "text_encoder"), strict=False)
     parts = [part.to(device).eval() for part in (vae, text_encoder, transformer)]
     if shipped:
         for part in parts:
@@ -211,6 +219,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--vae-seconds", type=float, default=100)
     parser.add_argument("--vae-extra", type=float, default=40, help="more seconds if the gate is not passed")
     parser.add_argument("--vae-more", type=float, default=0, help="seconds that a later call adds to the VAE")
+    parser.add_argument("--words-seconds", type=float, default=40, help="at most, for the text encoder")
     parser.add_argument("--stages", default="", help="seconds by stage, such as images=60,preview=400,long=150")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--matrix-lr", type=float, default=2e-3, help="Muon's; 0 trains everything with AdamW")
@@ -252,6 +261,7 @@ def main() -> None:
     run = Run(arguments)
     run.log(dict(stage="start", device=str(run.device), spent=run.facts["spent"], seconds=arguments.seconds))
     run.train_vae()
+    run.train_words()
     run.train_transformer()
 
 

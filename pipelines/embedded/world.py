@@ -207,5 +207,5 @@ class TokenTables:
 def empty_ids(count: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """Ids of the empty caption, (count, TEXT_LENGTH): what a caption becomes when it is dropped in training."""
     ids = torch.zeros(count, TEXT_LENGTH, dtype=torch.int64, device=device)
-    ids[:, 0] = SPECIALS.index("</s>")
+    ids[:, 0].fill_(SPECIALS.index("</s>"))  # filled in place: assigning would copy from the host
     return ids

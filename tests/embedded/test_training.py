@@ -89,7 +89,7 @@ def test_a_stage_stops_at_its_time_and_keeps_its_count():
     stage = train_transformer.Stage("tiny", 5.0, ((source, 1.0),), 1.0, 0.0, 0.9)
     parts = dict(vae=model.build_vae(), transformer=model.build_transformer(layers=1))
     parts |= dict(text_encoder=model.build_text_encoder(), tables=world.TokenTables())
-    optimiser = Optimiser({name: parts[name] for name in ("transformer", "text_encoder")})
+    optimiser = Optimiser({"transformer": parts["transformer"]})
     records: list[dict] = []
     session = train_transformer.Session(parts, optimiser, records.append)
     spent = train_transformer.train(stage, 4.0, time.time() + 60, session)
@@ -124,6 +124,17 @@ def test_kept_blocks_at_full_density_are_dense_attention():
     assert (few == own).any(-1).all()  # the own block is kept
     with pytest.raises(ValueError, match="unknown choice"):
         discriminate.choose("best", q, k, 64, 0.5, None)
+
+
+def test_a_schedule_keeps_layer_0_and_the_first_steps_dense():
+    q, k, v = (torch.randn(1, 64, 2, 16) for _ in range(3))
+    dense = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    run = discriminate.scheduled(lambda q, k, v, layer: torch.full_like(q, layer), layers=3, steps=10, dense_share=0.2)
+    seen = ["dense" if torch.equal(run(q, k, v, call), dense) else "sparse" for call in range(60)]
+    one = ["dense"] * 6 + ["dense", "sparse", "sparse"] * 8
+    assert seen == one * 2  # a second batch starts anew
+    always = discriminate.scheduled(lambda q, k, v, layer: torch.full_like(q, layer), 3, 10, 0.0)
+    assert always(q, k, v, 0).eq(0).all()
 
 
 def test_replaced_attention_reaches_the_transformer_and_is_taken_back():
