@@ -164,6 +164,9 @@ def methods(as_json: Json = False) -> None:
 
 @app.command()
 def bench(
+    what: Annotated[
+        str, typer.Argument(help="kernels: attention alone; routing: each method's masks; step: a model's step.")
+    ] = "kernels",
     tokens: Annotated[list[int] | None, typer.Option(help="Length of the sequence; may be repeated.")] = None,
     heads: Annotated[int | None, typer.Option(min=1, max=1024, help="Attention heads.")] = None,
     head_dim: Annotated[int | None, typer.Option(min=8, max=512, help="Channels of a head.")] = None,
@@ -171,14 +174,18 @@ def bench(
     block_size: Annotated[int | None, typer.Option(min=16, max=1024, help="Tokens of a block.")] = None,
     density: Annotated[list[float] | None, typer.Option(help="Share that is computed; may be repeated.")] = None,
     backend: Annotated[str | None, typer.Option(help="Kernel, see `dit-sparse doctor`; else the fastest.")] = None,
+    grid: Annotated[str | None, typer.Option(help="routing: frames x height x width, such as 21x45x80.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="step: such as wan-14b-720p; may be repeated.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="routing, step: methods to time; may be repeated.")] = None,
     device: Device = None,
     seconds: Annotated[float, typer.Option(min=0.01, max=60, help="Timed calls for each row.")] = 0.4,
     as_json: Json = False,
 ) -> None:
-    """Measure the attention kernels on this machine, dense and sparse."""
+    """Measure speed on this machine, dense and sparse: the kernels, the masks, or a whole denoising step."""
     from .commands.bench import bench as run
 
     run(
+        what,
         tokens=tokens,
         heads=heads,
         head_dim=head_dim,
@@ -186,6 +193,9 @@ def bench(
         block_size=block_size,
         densities=density,
         backend=backend,
+        grid=grid,
+        models=model,
+        methods=method,
         device=device,
         seconds=seconds,
         as_json=as_json,

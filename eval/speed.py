@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.blockmask import BlockLayout, BlockMask
+from dit_sparse.eval.peers import available
 from dit_sparse.kernels.attention import block_sparse_attention, choose_backend, dense_attention
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -134,6 +135,7 @@ def bench_attention(
     block_size: int = 128,
     backend: str | None = None,
     seconds: float = 0.4,
+    peers: bool = False,
     on_row: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
     """Times dense attention, then block-sparse attention at each density.
@@ -146,6 +148,7 @@ def bench_attention(
         block_size: of queries and keys.
         backend: kernel to time; None: the fastest that can run.
         seconds: of timed calls per row.
+        peers: also time the kernels of others that can run here, on the same tensors and the same random lists.
         on_row: called with each row as it is measured.
 
     Returns:
@@ -164,7 +167,11 @@ def bench_attention(
                         tflops=pairs * density / took / 1e9 if rated else 0.0, speedup=dense / took if rated else 0.0))
         on_row(rows[-1])
 
+    others = available(device, DTYPES[dtype])[0] if peers else []
     add("dense", "dense", 1.0, lambda: dense_attention(query, key, value))
+    for peer in others:
+        if not peer.sparse:
+            add("dense", peer.name, 1.0, peer.prepare(query, key, value, query, block_size))
     layout = BlockLayout.raster(tokens, block_size, device)
     order = torch.randperm(tokens, generator=torch.Generator().manual_seed(0)).to(device)
     permuted = BlockLayout.from_order(order, block_size)
@@ -176,6 +183,9 @@ def bench_attention(
             kernel = backend or choose_backend(query, key, value, mask)
             call = functools.partial(block_sparse_attention, query, key, value, mask, backend=kernel)
             add(what, kernel, mask.density().item(), call)
+            for peer in others if what == "sparse" else ():
+                if peer.sparse:
+                    add(what, peer.name, mask.density().item(), peer.prepare(query, key, value, pattern, block_size))
     add("build mask", "torch", densities[-1], lambda: BlockMask.from_dense(keep, layout, layout), rated=False)
     return rows
 
@@ -202,6 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--density", type=float, nargs="+", default=[0.5, 0.25, 0.1])
     parser.add_argument("--backend", help="default: the fastest that can run")
     parser.add_argument("--seconds", type=float, default=0.4, help="of timed calls per row")
+    parser.add_argument("--peers", action="store_true", help="time the kernels of others too, where they can run")
     parser.add_argument("--json", type=pathlib.Path, help="also write the rows to this file")
     options = parser.parse_args(argv)
     if any(not 0 < density <= 1 for density in options.density):
@@ -218,8 +229,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for tokens in options.tokens or [32768 if gpu else 4096]:
         rows += bench_attention(tokens=tokens, heads=heads, head_dim=head_dim, batch=options.batch, dtype=dtype,
                                 block_size=block_size, densities=options.density, device=options.device,
-                                backend=options.backend, seconds=options.seconds)
+                                backend=options.backend, seconds=options.seconds, peers=options.peers)
     print(table(row.cells() for row in rows))
+    if options.peers:
+        for name, reason in available(options.device, DTYPES[dtype])[1].items():
+            print(f"not measured: {name} ({reason})")
     if options.json:
         content = {"environment": where, "rows": [dataclasses.asdict(row) for row in rows]}
         options.json.parent.mkdir(parents=True, exist_ok=True)

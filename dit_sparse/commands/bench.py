@@ -1,88 +1,170 @@
-"""`dit-sparse bench`: dense and block-sparse attention side by side on this machine."""
+"""`dit-sparse bench kernels | routing | step`: dense and sparse side by side on this machine."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .console import UserError, print_json, print_table, progress, refusing
 
 MAX_TOKENS = 1_000_000
+Update = Callable[[int, int], None]
+Measured = tuple[list[Any], Sequence[str], str]  # rows, column names, a line below the table
 # Where nothing is said: a size that shows the kernel, in seconds on two cores and in milliseconds on a GPU.
 CPU = {"tokens": 4096, "heads": 4, "head_dim": 64, "dtype": "fp32", "block_size": 64}
 CUDA = {"tokens": 32768, "heads": 12, "head_dim": 128, "dtype": "bf16", "block_size": 128}
 
 
+TOPICS = ("kernels", "routing", "step")
+OPTIONS = {  # which options a topic takes, beside --density, --device, --seconds and --json
+    "kernels": ("tokens", "heads", "head_dim", "dtype", "block_size", "backend"),
+    "routing": ("heads", "head_dim", "dtype", "grid", "methods"),
+    "step": ("dtype", "backend", "models", "methods"),
+}
+
+
 def bench(
+    what: str = "kernels",
     *,
-    tokens: list[int] | None = None,
-    heads: int | None = None,
-    head_dim: int | None = None,
-    dtype: str | None = None,
-    block_size: int | None = None,
     densities: list[float] | None = None,
-    backend: str | None = None,
     device: str | None = None,
     seconds: float = 0.4,
     as_json: bool = False,
+    **options: Any,
 ) -> None:
-    """Measure and print; every row counts the blocks computed."""
+    """Measure and print one of the topics; `options` are the command's other options, None where not given."""
     import torch
 
-    from ..eval.speed import DTYPES, bench_attention, environment
+    from ..eval.speed import DTYPES, environment
     from ..kernels.attention import backends
     from .run import check_device
 
+    if what not in TOPICS:
+        raise UserError(f"bench {what!r} is unknown; use one of {', '.join(TOPICS)}")
+    for name, value in options.items():
+        if value is not None and name not in OPTIONS[what]:
+            flag = {"models": "model", "methods": "method"}.get(name, name.replace("_", "-"))
+            raise UserError(f"--{flag} is not an option of bench {what}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
-    defaults = CUDA if torch.device(device).type == "cuda" else CPU
-    densities = densities or [0.5, 0.25, 0.1]
-    shape: dict[str, Any] = {
-        "heads": heads or defaults["heads"],
-        "head_dim": head_dim or defaults["head_dim"],
-        "dtype": dtype or defaults["dtype"],
-        "block_size": block_size or defaults["block_size"],
-    }
-    if shape["dtype"] not in DTYPES:
-        raise UserError(f"--dtype {dtype!r} is not allowed; use one of {', '.join(DTYPES)}")
-    if any(not 0 < density <= 1 for density in densities):
+    if options.get("dtype") not in (None, *DTYPES):
+        raise UserError(f"--dtype {options['dtype']!r} is not allowed; use one of {', '.join(DTYPES)}")
+    if any(not 0 < density <= 1 for density in densities or ()):
         raise UserError(f"--density: {densities} is not allowed; use numbers in (0, 1]")
     names = [known.name for known in backends()]
-    if backend is not None and backend not in names:
-        raise UserError(f"--backend {backend!r} is unknown; use one of {', '.join(names)}")
-    sizes = tokens or [int(str(defaults["tokens"]))]
-    if any(not 1 <= size <= MAX_TOKENS for size in sizes):
-        raise UserError(f"--tokens: {sizes} is not allowed; use numbers from 1 to {MAX_TOKENS}")
-    rows: list[Any] = []
+    if options.get("backend") not in (None, *names):
+        raise UserError(f"--backend {options['backend']!r} is unknown; use one of {', '.join(names)}")
+    given = {name: value for name, value in options.items() if value is not None}
+    measure = {"kernels": _kernels, "routing": _routing, "step": _step}[what]
     with refusing(ValueError, RuntimeError), progress("measuring") as update:
-        expected, done = len(sizes) * (2 + 3 * len(densities)), itertools.count(1)
-
-        def count(_row: Any) -> None:
-            update(next(done), expected)
-
-        for size in sizes:
-            rows += bench_attention(
-                tokens=size,
-                densities=densities,
-                device=device,
-                backend=backend,
-                seconds=seconds,
-                on_row=count,
-                **shape,
-            )
+        rows, columns, notes = measure(given, densities, device, seconds, update)
     where = environment(device)
     if as_json:
         print_json({"environment": where, "rows": [dataclasses.asdict(row) for row in rows]})
         return
     print(", ".join(f"{name} {value}" for name, value in where.items()))
-    print(f"heads {shape['heads']}, head dim {shape['head_dim']}, {shape['dtype']}, blocks of {shape['block_size']}")
-    columns = ["tokens", "what", "backend", "density", "median ms", "TFLOP/s", "x dense"]
-    table = [[r.tokens, r.what, r.backend, *_numbers(r)] for r in rows]
-    print_table(columns, table)
-    print("TFLOP/s count the blocks that are computed; every time includes reordering, the mask has its own row.")
+    print_table(columns, [row.cells() for row in rows])
+    print(notes)
 
 
-def _numbers(row: Any) -> list[str]:
-    rates = [f"{row.tflops:.3g}", f"{row.speedup:.2f}"] if row.tflops else ["-", "-"]
-    return [f"{row.density:.3f}", f"{row.milliseconds:.3f}", *rates]
+def _cuda(device: str) -> bool:
+    return device.split(":")[0] == "cuda"
+
+
+def _kernels(
+    given: dict[str, Any], densities: list[float] | None, device: str, seconds: float, update: Update
+) -> Measured:
+    from ..eval.peers import available
+    from ..eval.speed import COLUMNS, DTYPES, bench_attention
+
+    defaults = CUDA if _cuda(device) else CPU
+    densities = densities or [0.5, 0.25, 0.1]
+    sizes = given.pop("tokens", None) or [int(str(defaults["tokens"]))]
+    if any(not 1 <= size <= MAX_TOKENS for size in sizes):
+        raise UserError(f"--tokens: {sizes} is not allowed; use numbers from 1 to {MAX_TOKENS}")
+    backend = given.pop("backend", None)
+    shape = {name: given.get(name, value) for name, value in defaults.items() if name != "tokens"}
+    rows: list[Any] = []
+    peers = available(device, DTYPES[str(shape["dtype"])])[0]
+    extra = sum(not peer.sparse for peer in peers), sum(peer.sparse for peer in peers)
+    expected, done = len(sizes) * (2 + extra[0] + (3 + extra[1]) * len(densities)), itertools.count(1)
+    for size in sizes:
+        rows += bench_attention(
+            tokens=size,
+            densities=densities,
+            device=device,
+            backend=backend,
+            seconds=seconds,
+            peers=True,
+            on_row=lambda _row: update(next(done), expected),
+            **shape,
+        )
+    missing = available(device, DTYPES[str(shape["dtype"])])[1]
+    notes = ["TFLOP/s count the blocks that are computed; the mask has its own row."]
+    if _cuda(device):
+        notes += [f"Not measured: {name}, {reason}." for name, reason in missing.items()]
+    return rows, COLUMNS, "\n".join(notes)
+
+
+def _routing(
+    given: dict[str, Any], densities: list[float] | None, device: str, seconds: float, update: Update
+) -> Measured:
+    from ..eval.method_speed import COLUMNS, bench_methods
+    from ..grid import TokenGrid
+
+    cuda = _cuda(device)
+    grid = TokenGrid.parse(given.get("grid") or ("21x45x80" if cuda else "5x16x16"))
+    methods = _known_methods(given.get("methods"))
+    rows: list[Any] = []
+    for done, density in enumerate(densities or [0.2]):
+        update(done, len(densities or [0.2]))
+        rows += bench_methods(
+            grid,
+            given.get("heads", 40 if cuda else 4),
+            given.get("head_dim", 128 if cuda else 64),
+            density=density,
+            dtype=given.get("dtype", "bf16" if cuda else "fp32"),
+            device=device,
+            names=methods,
+            seconds=seconds,
+        )
+    return rows, COLUMNS, f"{grid}: random activations; the plan is a method's scores, selection and lists."
+
+
+def _step(
+    given: dict[str, Any], densities: list[float] | None, device: str, seconds: float, update: Update
+) -> Measured:
+    from ..eval import step_speed
+
+    cuda = _cuda(device)
+    models = given.get("models") or ["wan-14b-720p" if cuda else "tiny"]
+    known = step_speed.GEOMETRIES
+    if unknown := [name for name in models if name not in known]:
+        raise UserError(f"--model {unknown[0]!r} is unknown; use one of {', '.join(known)}")
+    methods = _known_methods(given.get("methods")) or ["svg", "rainfusion2", "radial"]
+    rows: list[Any] = []
+    expected, done = len(models) * len(densities or [0.2]) * (1 + len(methods)), itertools.count(1)
+    for name in models:
+        for density in densities or [0.2]:
+            rows += step_speed.bench_step(
+                known[name],
+                methods,
+                density=density,
+                device=device,
+                dtype=given.get("dtype", "bf16" if cuda else "fp32"),
+                compiled=cuda,
+                backend=given.get("backend"),
+                seconds=seconds,
+                on_row=lambda _row: update(next(done), expected),
+            )
+    return rows, step_speed.COLUMNS, step_speed.note(rows)
+
+
+def _known_methods(names: list[str] | None) -> list[str] | None:
+    from ..methods import all_methods
+
+    if unknown := [name for name in names or [] if name not in all_methods()]:
+        raise UserError(f"--method {unknown[0]!r} is unknown; use one of {', '.join(sorted(all_methods()))}")
+    return names

@@ -182,11 +182,17 @@ class Session:
 
     def step(self, source: Source, length: int | None = None) -> Step:
         """The step of a source at a text length, made when first asked for."""
+        if (source, length) in self.steps:
+            return self.steps[source, length]
+        begin = time.time()
         if source not in self.rings:
             self.rings[source] = Ring(source, self.parts["vae"], self.parts["tables"])
             self.rings[source].fill()
-        if (source, length) not in self.steps:
-            self.steps[source, length] = Step(self.parts, self.optimiser, self.rings[source], length, self.pool)
+        filled = time.time()
+        self.steps[source, length] = Step(self.parts, self.optimiser, self.rings[source], length, self.pool)
+        shape = f"{source.size}x{source.frames}" + (f" text {length}" if length else "")
+        spans = dict(ring_seconds=round(filled - begin, 1), capture_seconds=_since(filled))
+        self.log(dict(stage="prepare", source=shape, **spans))
         return self.steps[source, length]
 
 

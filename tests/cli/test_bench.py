@@ -21,7 +21,28 @@ def test_table(dit_sparse) -> None:
         assert word in done.out
 
 
+def test_routing(dit_sparse) -> None:
+    words = ["--grid", "2x8x8", "--heads", "2", "--head-dim", "16", "--method", "radial", "--seconds", "0.01"]
+    done = dit_sparse("bench", "routing", *words, "--device", "cpu", "--json")
+    assert done.code == 0, done.err
+    assert [row["method"] for row in done.json["rows"]] == ["dense", "radial"]
+    assert done.json["rows"][1]["plan_ms"] > 0
+
+
+def test_step(dit_sparse) -> None:
+    words = ["--model", "tiny", "--method", "radial", "--seconds", "0.01", "--device", "cpu"]
+    done = dit_sparse("bench", "step", *words)
+    assert done.code == 0, done.err
+    for word in ("step s", "radial", "Random weights", "8 layers"):
+        assert word in done.out, done.out
+
+
 REFUSALS = {
+    "topic": (["weather"], "kernels, routing, step"),
+    "misplaced": (["step", "--tokens", "64"], "--tokens"),
+    "model": (["step", "--model", "gpt"], "wan-14b-720p"),
+    "method": (["routing", "--method", "magic"], "radial"),
+    "grid": (["routing", "--grid", "5by5"], "frames x height x width"),
     "density": (["--density", "2"], "(0, 1]"),
     "dtype": (["--dtype", "int4"], "bf16, fp16, fp32"),
     "backend": (["--backend", "magic"], "cpu"),

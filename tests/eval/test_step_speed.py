@@ -1,0 +1,72 @@
+"""A denoising step's time is put together from a few layers: the sums, and what the row says of the run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dit_sparse.eval import step_speed
+from dit_sparse.eval.step_speed import GEOMETRIES, Geometry, bench_step
+
+
+def tiny_wan() -> Geometry:
+    def inputs(device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        return {"hidden_states": torch.randn(1, 4, 4, 16, 16, dtype=dtype), "timestep": torch.full((1,), 999.0),
+                "encoder_hidden_states": torch.randn(1, 8, 16, dtype=dtype)}
+
+    small = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "text_dim": 16,
+             "freq_dim": 16, "ffn_dim": 32, "rope_max_seq_len": 32}
+    return Geometry("tiny", "a tiny Wan", "WanTransformer3DModel", {"num_layers": 10}, inputs, 256, small)
+
+
+def test_rows_of_a_tiny_model() -> None:
+    seen: list[str] = []
+    rows = bench_step(tiny_wan(), ["svg", "radial"], density=0.5, device="cpu", dtype="fp32", compiled=False,
+                      seconds=0.01, on_row=lambda row: seen.append(row.what))
+    assert [row.what for row in rows] == seen == ["dense", "svg", "radial"]
+    dense, svg = rows[0], rows[1]
+    assert dense.density == 1 and dense.speedup == 1 and dense.backend == "dense"
+    assert svg.density < 1 and svg.backend == "cpu" and svg.fallbacks == {}
+    for row in rows:
+        assert row.step_seconds == pytest.approx((row.rest_ms + 10 * row.layer_ms["num_layers"]) / 1e3)
+        assert len(row.cells()) == len(step_speed.COLUMNS)
+
+
+def test_scaling_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed(_geometry, counts, proc, *_rest):
+        cost = {"double": 2.0, "single": 1.0} if proc is None else {"double": 1.0, "single": 0.25}
+        return step_speed._Timed(5.0 + sum(cost[kind] * number for kind, number in counts.items()), 1.0)
+
+    monkeypatch.setattr(step_speed, "_time_model", timed)
+    model = Geometry("two", "two kinds", "", {"double": 20, "single": 40}, lambda *_: {}, 1)
+    dense, sparse = bench_step(model, ["radial"], device="cpu")
+    assert dense.layer_ms == {"double": 2.0, "single": 1.0} and dense.rest_ms == 5.0
+    assert dense.step_seconds == pytest.approx(0.085)
+    assert sparse.step_seconds == pytest.approx(0.035) and sparse.speedup == pytest.approx(0.085 / 0.035)
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_geometries_are_what_diffusers_builds(name: str) -> None:
+    """The configuration is accepted, and the inputs have the tokens that the table names (on the meta device)."""
+    geometry = GEOMETRIES[name]
+    model = step_speed.build(geometry, dict.fromkeys(geometry.kinds, 1), "meta", torch.bfloat16)
+    assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    inputs = geometry.inputs("meta", torch.bfloat16)
+    hidden = inputs["hidden_states"]
+    if hidden.dim() == 5:
+        patch = model.config.patch_size
+        patch = tuple(patch) if not isinstance(patch, int) else (model.config.patch_size_t, patch, patch)
+        video = 1
+        for size, cut in zip(hidden.shape[2:], patch, strict=True):
+            video *= size // cut
+        joint = geometry.cls != "WanTransformer3DModel"
+        text = inputs["encoder_hidden_states"].shape[1] if joint else 0
+    else:
+        video, text = hidden.shape[1], inputs["encoder_hidden_states"].shape[1]
+    assert geometry.tokens == video + text
+    assert set(geometry.kinds) <= set(model.config)
+
+
+def test_an_unknown_option_of_a_method_never_passes() -> None:
+    with pytest.raises(ValueError, match="backend"):
+        bench_step(tiny_wan(), ["svg"], device="cpu", dtype="fp32", compiled=False, seconds=0.01, backend="magic")
