@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .blocklayout import BlockLayout
+from .blockmask import BlockMask
 
 _NUMBERS_AT_ONCE = 2**26  # float32 numbers of a temporary: 256 MB
 
@@ -165,6 +166,53 @@ def sampled_row_attention(
     return probs, (probs.to(value.dtype) @ value.transpose(1, 2)).to(torch.float32)
 
 
+def row_errors(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Tensor,
+    allowed: Tensor,
+    scale: float,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """How far masked attention is from dense attention, on a few query rows.
+
+    Args:
+        query, key, value: (B, L, H, D).
+        rows: int64 (R,), query tokens.
+        allowed: bool (K, R, L), the candidates' masks for these rows.
+        scale: softmax scale.
+        key_mask: bool (B, L), True where the key is a real token, or None.
+
+    Returns:
+        float32 (B, H, K), mean squared difference over rows and channels.
+    """
+    batch, tokens, heads, _ = query.shape
+    sampled = query[:, rows] * scale
+    found = []
+    for b in range(batch):
+        parts = []
+        for chunk in head_chunks(heads, 4 * len(rows) * tokens):
+            # [h, R, D] x [h, D, L]; strided views of one batch element, so that nothing is copied
+            weights = sampled[b, :, chunk].transpose(0, 1) @ key[b, :, chunk].permute(1, 2, 0)
+            if key_mask is not None:
+                weights.masked_fill_(~key_mask[b], float("-inf"))
+            weights = (weights - weights.amax(-1, keepdim=True)).exp_()
+            values = value[b, :, chunk].transpose(0, 1)
+
+            def output(part: Tensor, values: Tensor = values) -> Tensor:
+                # A candidate may lie so far below the row's maximum that nothing of it is left: output 0.
+                mass = part.sum(-1, keepdim=True, dtype=torch.float32).clamp(min=1e-30)
+                return (part @ values).to(torch.float32) / mass
+
+            dense = output(weights)
+            parts.append(
+                torch.stack([(output(weights * m) - dense).square().mean((1, 2)) for m in allowed], dim=-1)
+            )
+        found.append(torch.cat(parts))
+    return torch.stack(found)
+
+
 def block_mass(
     query: Tensor,
     key: Tensor,
@@ -186,11 +234,7 @@ def block_mass(
     """
     batch, heads = query.shape[0], query.shape[2]
     nq, nk, size = query_layout.blocks, key_layout.blocks, query_layout.block_size
-    real = key_layout.real.expand(batch, 1, -1)
-    if key_mask is not None:
-        index = key_layout.token_of_slot.clamp(min=0)
-        index = index.expand(batch, *index.shape[-2:] if index.dim() == 3 else (1, -1))
-        real = real & key_mask[:, None].expand(-1, index.shape[1], -1).gather(-1, index)
+    real = _real_keys(key_layout, batch, key_mask)
     counts = query_layout.lengths.clamp(min=1)[:, None]
     mass = torch.empty(batch, heads, nq, nk, device=query.device)
     step = max(1, _NUMBERS_AT_ONCE // (batch * size * key_layout.slots))
@@ -208,6 +252,59 @@ def block_mass(
             blocks = slice(start, start + step)
             mass[:, head, blocks] = shares.unflatten(1, (-1, size)).sum(2) / counts[blocks]
     return mass
+
+
+def listed_mass(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    mask: BlockMask,
+    scale: float,
+    *,
+    key_mask: Tensor | None = None,
+    per_row: bool = False,
+) -> Tensor:
+    """Exact attention mass of the listed blocks from the rows' log-sum-exp: the twin of the kernel, for small sizes.
+
+    Args:
+        query, key, lse, mask, scale, key_mask, per_row: as in `routing.listed_mass`.
+
+    Returns:
+        float32 (B, H, nq, width), or (B, H, Lq) with `per_row`.
+    """
+    batch, heads, layout = query.shape[0], query.shape[2], mask.query
+    lists, work = (x.expand(batch, heads, *x.shape[2:]) for x in (mask.lists, mask.work()))
+    real = _real_keys(mask.key, batch, key_mask).expand(batch, heads, -1)
+    listed = torch.arange(lists.shape[-1], device=lists.device) < work[..., None]
+    mass = torch.empty(listed.shape, device=query.device)
+    rows = torch.empty(lse.shape, device=query.device)
+    for head in range(heads):
+        one = slice(head, head + 1)
+        queries, keys = (to_slots(x[:, :, one], _head(y, head))[:, :, 0].to(torch.float32)
+                         for x, y in ((query, layout), (key, mask.key)))
+        # A row without a key: nothing is left of exp(x - inf)
+        total = lse[:, head].masked_fill(lse[:, head] == -torch.inf, torch.inf)
+        total = to_slots(total[..., None, None], _head(layout, head))[:, :, 0]
+        weights = (queries @ keys.transpose(1, 2) * scale - total).exp() * layout.real[:, None]
+        # [B, query slots, key slots] -> [B, query slots, nk] -> [B, nq, block, nk]
+        weights = weights.masked_fill(~real[:, head, None], 0)
+        held = weights.unflatten(-1, (mask.key.blocks, -1)).sum(-1).unflatten(1, (layout.blocks, -1))
+        chosen = held.gather(-1, lists[:, head, :, None].expand(-1, -1, held.shape[2], -1).long())
+        chosen = chosen.masked_fill(~listed[:, head, :, None], 0)
+        mass[:, head] = chosen.sum(2) / layout.lengths.clamp(min=1)[:, None]
+        place = layout.slot_of_token if layout.index is None else _head(layout, head).slot_of_token
+        rows[:, head] = chosen.sum(-1).flatten(1).gather(1, place.reshape(-1, layout.tokens).expand(batch, -1))
+    return rows if per_row else mass
+
+
+def _real_keys(layout: BlockLayout, batch: int, key_mask: Tensor | None) -> Tensor:
+    """bool (B, H|1, slots): True where the slot holds a key that the mask allows."""
+    real = layout.real.expand(batch, 1, -1)
+    if key_mask is None:
+        return real
+    index = layout.token_of_slot.clamp(min=0)
+    index = index.expand(batch, *index.shape[-2:] if index.dim() == 3 else (1, -1))
+    return real & key_mask[:, None].expand(-1, index.shape[1], -1).gather(-1, index)
 
 
 def _head(layout: BlockLayout, head: int) -> BlockLayout:

@@ -6,8 +6,11 @@ lower index wins, and no row is ever empty. Nothing waits for the device.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -165,3 +168,97 @@ def blocks_holding(layout: BlockLayout, start: int, stop: int) -> Tensor:
     token = layout.token_of_slot
     inside = (token >= start) & (token < stop)
     return inside.unflatten(-1, (layout.blocks, layout.block_size)).any(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """How a row of scores becomes the key blocks that a query block sees; what `routing.route` follows.
+
+    Args:
+        kind: "top_k", "top_p" or "threshold", as the functions above.
+        amount: k, p, or the threshold: a number, or a tensor that broadcasts to (B, H, nq, 1).
+        softmax: turn the scores of a row, over `columns`, into shares first.
+        least: with top_p, blocks that are kept in any case.
+        rows: the query blocks that choose, None for all; the others see everything.
+        columns: the key blocks that they choose among, None for all; the others are seen by everyone.
+        forced_rows: bool (nq,) or (B|1, H|1, nq), more query blocks that see everything.
+        forced_columns: a slice, or bool (nk,) or (B|1, H|1, nk): key blocks that are seen by everyone, although they
+            take part in the choice.
+        own: each query block sees its own key block.
+    """
+
+    kind: Literal["top_k", "top_p", "threshold"]
+    amount: float | Tensor
+    softmax: bool = False
+    least: int = 1
+    rows: slice | None = None
+    columns: slice | None = None
+    forced_rows: Tensor | None = None
+    forced_columns: slice | Tensor | None = None
+    own: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("top_k", "top_p", "threshold"):
+            raise ValueError(f"Rule: kind={self.kind!r} is not allowed; use 'top_k', 'top_p' or 'threshold'")
+        amount = self.amount
+        if isinstance(amount, Tensor) and amount.dim() and amount.shape[-1] != 1:
+            raise ValueError(f"Rule: amount has shape {tuple(amount.shape)}; its last dimension must be 1")
+        whole = not amount.is_floating_point() if isinstance(amount, Tensor) else isinstance(amount, int)
+        if self.kind == "top_k" and not whole:
+            raise ValueError(f"Rule: amount={amount!r} is not allowed with top_k; use whole numbers")
+
+    def keep(self, scores: Tensor) -> Tensor:
+        """bool (B, H, nq, nk): the pairs of blocks that are kept, in plain PyTorch; scores are (B, H, nq, nk)."""
+        (top, end), (left, right) = self.row_range(scores.shape[-2]), self.column_range(scores.shape[-1])
+        keep = torch.ones_like(scores, dtype=torch.bool)
+        if top < end and left < right:
+            part = scores[..., top:end, left:right]
+            part = part.softmax(-1) if self.softmax else part
+            amount: Any = self.amount
+            if isinstance(amount, Tensor) and amount.dim() > 1 and amount.shape[-2] > 1:
+                amount = amount[..., top:end, :]
+            if self.kind == "top_k":
+                chosen = select_top_k(part, amount)
+            elif self.kind == "top_p":
+                chosen = select_top_p(part, amount, least=self.least)
+            else:
+                chosen = select_threshold(part, amount)
+            keep[..., top:end, left:right] = chosen
+        return force(keep, rows=self.forced_rows, columns=self.forced_columns, own=self.own)
+
+    def of_heads(self, heads: slice) -> Rule:
+        """The rule as some of the heads see it."""
+
+        def part(x: Any, dims: int) -> Any:
+            return x[:, heads] if isinstance(x, Tensor) and x.dim() == dims and x.shape[1] > 1 else x
+
+        amount = self.amount
+        if isinstance(amount, Tensor) and amount.dim() == 3:
+            amount = amount[None]
+        return dataclasses.replace(self, amount=part(amount, 4), forced_rows=part(self.forced_rows, 3),
+                                   forced_columns=part(self.forced_columns, 3))
+
+    def limit(self) -> int | float | Tensor:
+        """The amount as kernels take it: k or the threshold as it is, a share as a whole number."""
+        amount = self.amount
+        if self.kind == "top_p":
+            if isinstance(amount, Tensor):
+                return torch.where(amount >= 1, 2**62, (amount * _SHARE_UNIT).to(torch.int64))
+            return 2**62 if amount >= 1 else int(amount * _SHARE_UNIT)
+        return amount if isinstance(amount, Tensor) or self.kind == "top_k" else float(amount)
+
+    def row_range(self, blocks: int) -> tuple[int, int]:
+        """First and end of the query blocks that choose."""
+        return (self.rows or slice(None)).indices(blocks)[:2]
+
+    def column_range(self, blocks: int) -> tuple[int, int]:
+        """First and end of the key blocks that take part in the choice."""
+        return (self.columns or slice(None)).indices(blocks)[:2]
+
+    def forced_range(self, blocks: int) -> tuple[int, int]:
+        """First and end of the forced key blocks when they are a slice, else an empty range."""
+        return self.forced_columns.indices(blocks)[:2] if isinstance(self.forced_columns, slice) else (0, 0)
+
+    def forced_columns_map(self) -> Tensor | None:
+        """The forced key blocks when they are a tensor."""
+        return self.forced_columns if isinstance(self.forced_columns, Tensor) else None

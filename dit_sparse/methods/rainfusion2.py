@@ -14,12 +14,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..blockmask import BlockLayout, BlockMask
+from ..blockmask import BlockLayout
 from ..grid import TokenGrid
 from ..order import layout, video_blocks
 from ..patterns import check_block_size, choose_block_size
-from ..scoring import select_pooled
-from ..selection import count_of_density, select_top_k
+from ..routing import route
+from ..selection import Rule, count_of_density
 from .base import Call, Method, Plan, check_range
 
 
@@ -124,15 +124,7 @@ class RainFusion2(Method):
         video = video_blocks(blocks, grid)
         sink = -(-grid.frame_tokens // blocks.block_size) if self.sink and grid.frames > 1 else 0
         count = rows_kept(self.density, video, sink, blocks.blocks - video, count_forced=self.count_forced)
-
-        def select(scores: Tensor) -> Tensor:
-            keep = torch.ones_like(scores, dtype=torch.bool)
-            # Blocks that are kept anyway take no place in the ranking, unless the paper's count is asked for.
-            first = sink if self.count_forced else 0
-            if first < video:
-                keep[..., sink:video, first:video] = select_top_k(scores[..., sink:video, first:video], count)
-            keep[..., :sink] = True
-            return keep
-
-        keep = select_pooled(call.query, call.key, blocks, blocks, call.scale, select)
-        return Plan(BlockMask.from_dense(keep, blocks, blocks))
+        # Blocks that are kept anyway take no place in the ranking, unless the paper's count is asked for.
+        rule = Rule("top_k", count, rows=slice(sink, video), columns=slice(sink if self.count_forced else 0, video),
+                    forced_columns=slice(0, sink))
+        return Plan(route(call.query, call.key, blocks, blocks, call.scale, rule))

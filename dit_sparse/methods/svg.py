@@ -26,7 +26,7 @@ from ..patterns import (
     pick,
     static_mask,
 )
-from ..scoring import head_chunks
+from ..routing import row_errors
 from ..selection import text_forced
 from .base import Call, Method, Plan, check_range
 
@@ -122,53 +122,6 @@ def first_frame_mask(grid: TokenGrid, block_size: int, reach: int) -> BlockMask:
     keep = torch.stack((spatial, temporal))[None]
     keep[..., : -(-frame // block_size)] = True
     return build_mask(text_forced(keep, query, grid), query, key)
-
-
-def row_errors(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rows: Tensor,
-    allowed: Tensor,
-    scale: float,
-    key_mask: Tensor | None = None,
-) -> Tensor:
-    """How far masked attention is from dense attention, on a few query rows.
-
-    Args:
-        query, key, value: (B, L, H, D).
-        rows: int64 (R,), query tokens.
-        allowed: bool (K, R, L), the candidates' masks for these rows.
-        scale: softmax scale.
-        key_mask: bool (B, L), True where the key is a real token, or None.
-
-    Returns:
-        float32 (B, H, K), mean squared difference over rows and channels.
-    """
-    batch, tokens, heads, _ = query.shape
-    sampled = query[:, rows] * scale
-    found = []
-    for b in range(batch):
-        parts = []
-        for chunk in head_chunks(heads, 4 * len(rows) * tokens):
-            # [h, R, D] x [h, D, L]; strided views of one batch element, so that nothing is copied
-            weights = sampled[b, :, chunk].transpose(0, 1) @ key[b, :, chunk].permute(1, 2, 0)
-            if key_mask is not None:
-                weights.masked_fill_(~key_mask[b], float("-inf"))
-            weights = (weights - weights.amax(-1, keepdim=True)).exp_()
-            values = value[b, :, chunk].transpose(0, 1)
-
-            def output(part: Tensor, values: Tensor = values) -> Tensor:
-                # A candidate may lie so far below the row's maximum that nothing of it is left: output 0.
-                mass = part.sum(-1, keepdim=True, dtype=torch.float32).clamp(min=1e-30)
-                return (part @ values).to(torch.float32) / mass
-
-            dense = output(weights)
-            parts.append(
-                torch.stack([(output(weights * m) - dense).square().mean((1, 2)) for m in allowed], dim=-1)
-            )
-        found.append(torch.cat(parts))
-    return torch.stack(found)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,268 @@
+"""`route`: from activations to the block mask of a call, by Triton kernels where they can run, else in plain PyTorch.
+
+Neither path waits for the device, and neither holds more than a chunk of the scores at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+from . import scoring
+from .blockmask import BlockLayout, BlockMask
+from .selection import Rule
+
+__all__ = ["KERNELS_BY_DEFAULT", "Rule", "kernel_reasons", "listed_mass", "lists_of_scores", "plain_calls", "pool",
+           "route", "row_errors"]
+
+# Becomes True once the routing kernels are measured on a GPU (docs/routing.md); then every CUDA device uses them.
+# Until then, and to switch them off afterwards: DIT_SPARSE_ROUTING=1 or 0.
+KERNELS_BY_DEFAULT = False
+
+_MAX_HEAD_DIM = 128
+_MAX_KEY_BLOCKS = 8192  # a row of scores lies in the registers of one program
+
+# Why calls that were to use the kernels took the plain path, counted.
+plain_calls: Counter[str] = Counter()
+
+
+@functools.cache
+def _missing(interpreted: bool) -> str:
+    """Why Triton cannot be used here at all, "" when it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not interpreted and not torch.cuda.is_available():
+        return "no GPU"
+    try:
+        from .kernels import pooling, routing  # noqa: F401
+    except Exception as error:
+        return f"triton cannot be imported: {type(error).__name__}"
+    return ""
+
+
+def kernel_reasons(x: Tensor, key_blocks: int = 0) -> list[str]:
+    """Why the routing kernels cannot take these activations, in words; empty when they can.
+
+    Args:
+        x: (B, L, H, D).
+        key_blocks: number of key blocks.
+    """
+    interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
+    reasons = [missing] if (missing := _missing(interpreted)) else []
+    if not interpreted and x.device.type != "cuda":
+        reasons.append(f"the tensors are on {x.device.type}, it needs a GPU")
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        reasons.append(f"dtype {x.dtype} is not float16, bfloat16 or float32")
+    if interpreted and x.dtype == torch.bfloat16:
+        reasons.append("Triton's interpreter computes bfloat16 wrongly")
+    if x.shape[-1] > _MAX_HEAD_DIM:
+        reasons.append(f"head dim {x.shape[-1]} is above {_MAX_HEAD_DIM}")
+    if key_blocks > _MAX_KEY_BLOCKS:
+        reasons.append(f"{key_blocks} key blocks are more than {_MAX_KEY_BLOCKS}")
+    return reasons
+
+
+def _use_kernels(x: Tensor, key_blocks: int, kernels: bool | None, *, also: str = "") -> bool:
+    """Whether this call takes the kernels.
+
+    Args:
+        x, key_blocks: as in `kernel_reasons`.
+        kernels: True: yes, or ValueError; False: no; None: on a GPU, if they are switched on and can.
+        also: one more reason why they cannot.
+    """
+    if kernels is None:
+        wanted = os.environ.get("DIT_SPARSE_ROUTING", "")
+        if x.device.type != "cuda" or wanted == "0" or not (KERNELS_BY_DEFAULT or wanted == "1"):
+            return False
+    elif not kernels:
+        return False
+    reasons = kernel_reasons(x, key_blocks) + ([also] if also else [])
+    if reasons and kernels:
+        raise ValueError(f"kernels=True: the routing kernels cannot run this call: {'; '.join(reasons)}")
+    if reasons:
+        plain_calls["; ".join(reasons)] += 1
+    return not reasons
+
+
+def _check(rule: Rule, query_layout: BlockLayout, key_layout: BlockLayout) -> None:
+    """Raise ValueError when a rule does not fit the blocks."""
+    if rule.own and query_layout.blocks != key_layout.blocks:
+        raise ValueError("Rule: own=True needs as many query as key blocks, not "
+                         f"{query_layout.blocks} and {key_layout.blocks}")
+
+
+def _index(layout: BlockLayout) -> Tensor | None:
+    index = layout.index
+    return index if index is None or index.dim() == 3 else index[None, None]
+
+
+def pool(x: Tensor, layout: BlockLayout, *, mask: Tensor | None = None, kernels: bool | None = None) -> Tensor:
+    """Mean of the real tokens of every block: `scoring.pool`, or its kernel.
+
+    Args:
+        x, layout, mask: as in `scoring.pool`.
+        kernels: as in `route`.
+
+    Returns:
+        float32 (B, H, n, D).
+    """
+    if not _use_kernels(x, 0, kernels):
+        return scoring.pool(x, layout, mask=mask)
+    from .kernels.pooling import pool_triton
+
+    if x.shape[1] != layout.tokens:
+        raise ValueError(f"pool: x has {x.shape[1]} tokens, the layout {layout.tokens}")
+    return pool_triton(x, _index(layout), layout.block_size, layout.blocks, mask)
+
+
+def route(
+    query: Tensor,
+    key: Tensor,
+    query_layout: BlockLayout,
+    key_layout: BlockLayout,
+    scale: float,
+    rule: Rule,
+    *,
+    key_mask: Tensor | None = None,
+    max_width: int | None = None,
+    kernels: bool | None = None,
+) -> BlockMask:
+    """The mask that a rule makes of pooled scores: mean query times mean key of every pair of blocks.
+
+    Args:
+        query: (B, Lq, H, D); key: (B, Lk, H, D).
+        query_layout, key_layout: how they sit in blocks.
+        scale: softmax scale.
+        rule: which blocks a row of scores keeps.
+
+    Expert args:
+        key_mask: bool (B, Lk), True where the key is a real token: others do not enter the means.
+        max_width: most blocks that any row keeps, when known. Blocks beyond it would be lost.
+        kernels: True: Triton kernels, or ValueError; False: plain PyTorch; None: kernels where they are switched on.
+
+    Returns:
+        The mask: lists in rising order, whole blocks first, short ones after. Both paths give the same mask
+        unless two scores, or a score and the threshold, lie within rounding of each other (1e-6 of the scores).
+    """
+    _check(rule, query_layout, key_layout)
+    if _use_kernels(query, key_layout.blocks, kernels):
+        from .kernels.routing import route_triton
+
+        block_query = pool(query, query_layout, kernels=True)
+        block_key = pool(key, key_layout, mask=key_mask, kernels=True)
+        return _as_mask(route_triton(block_query, block_key, scale, rule, query_layout.lengths, key_layout.lengths,
+                                     key_layout.block_size, max_width), query_layout, key_layout)
+    block_query = scoring.pool(query, query_layout) * scale
+    block_key = scoring.pool(key, key_layout, mask=key_mask).transpose(-1, -2)
+    # Scores, their order and its places as 64 bit numbers: about 4 float32 of each score.
+    numbers = 4 * query.shape[0] * query_layout.blocks * key_layout.blocks
+    keep = [rule.of_heads(heads).keep(block_query[:, heads] @ block_key[:, heads])
+            for heads in scoring.head_chunks(query.shape[2], numbers)]
+    return BlockMask.from_dense(torch.cat(keep, dim=1), query_layout, key_layout, max_width=max_width)
+
+
+def lists_of_scores(
+    scores: Tensor,
+    query_layout: BlockLayout,
+    key_layout: BlockLayout,
+    rule: Rule,
+    *,
+    max_width: int | None = None,
+    kernels: bool | None = None,
+) -> BlockMask:
+    """The mask that a rule makes of scores that are there already; both paths give exactly the same without softmax.
+
+    Args:
+        scores: float32 (B, H, nq, nk).
+        query_layout, key_layout, rule, max_width, kernels: as in `route`.
+    """
+    _check(rule, query_layout, key_layout)
+    if tuple(scores.shape[2:]) != (query_layout.blocks, key_layout.blocks):
+        raise ValueError(f"lists_of_scores: scores is {tuple(scores.shape)}; use (B, H, {query_layout.blocks}, "
+                         f"{key_layout.blocks})")
+    if not _use_kernels(scores[..., :0], key_layout.blocks, kernels):
+        return BlockMask.from_dense(rule.keep(scores), query_layout, key_layout, max_width=max_width)
+    from .kernels.routing import select_triton
+
+    return _as_mask(select_triton(scores, rule, query_layout.lengths, key_layout.lengths, key_layout.block_size,
+                                  max_width), query_layout, key_layout)
+
+
+def _as_mask(found: object, query_layout: BlockLayout, key_layout: BlockLayout) -> BlockMask:
+    """The mask of a kernel's lists; the kernel counted the pairs on its way."""
+    lists, whole, boundary, pairs = (getattr(found, name) for name in ("lists", "whole", "boundary", "pairs"))
+    mask = BlockMask(lists, whole, boundary, query_layout, key_layout)
+    mask.__dict__["pairs"] = pairs.sum(-1)
+    return mask
+
+
+def row_errors(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Tensor,
+    allowed: Tensor,
+    scale: float,
+    key_mask: Tensor | None = None,
+    *,
+    kernels: bool | None = None,
+) -> Tensor:
+    """How far masked attention is from dense attention, on a few query rows: `scoring.row_errors`, or its kernel.
+
+    Args:
+        query, key, value, rows, allowed, scale, key_mask: as in `scoring.row_errors`.
+        kernels: as in `route`. The kernel's softmax is float32 throughout, so in half precision its numbers are
+            nearer to the true ones, and a head whose two errors nearly agree may choose the other candidate.
+
+    Returns:
+        float32 (B, H, K).
+    """
+    wide = f"value head dim {value.shape[-1]} is above {_MAX_HEAD_DIM}" if value.shape[-1] > _MAX_HEAD_DIM else ""
+    if not _use_kernels(query, 0, kernels, also=wide):
+        return scoring.row_errors(query, key, value, rows, allowed, scale, key_mask)
+    from .kernels.sampling import row_errors_triton
+
+    return row_errors_triton(query, key, value, rows, allowed, scale, key_mask)
+
+
+def listed_mass(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    mask: BlockMask,
+    scale: float,
+    *,
+    key_mask: Tensor | None = None,
+    per_row: bool = False,
+    kernels: bool | None = None,
+) -> Tensor:
+    """Exact attention mass of the listed blocks, from the log-sum-exp of the rows.
+
+    Args:
+        query: (B, Lq, H, D); key: (B, Lk, H, D).
+        lse: float32 (B, H, Lq), natural logarithm, of the attention whose mass is asked for (dense, as a rule).
+        mask: which blocks; its window is not looked at. `BlockMask.full` asks for all.
+        scale: softmax scale.
+
+    Expert args:
+        key_mask: bool (B, Lk), True where the key is a real token.
+        per_row: add up every query row's mass over its list instead.
+        kernels: as in `route`.
+
+    Returns:
+        float32 (B, H, nq, width), mean over the real rows of the query block, 0 beyond the lists; or (B, H, Lq)
+        with `per_row`. Rows whose LSE is -inf count 0.
+    """
+    sizes = (mask.query.block_size, mask.key.block_size)
+    odd = "" if set(sizes) <= {16, 32, 64, 128} else f"block sizes {sizes} are not among 16, 32, 64, 128"
+    if not _use_kernels(query, 0, kernels, also=odd):
+        return scoring.listed_mass(query, key, lse, mask, scale, key_mask=key_mask, per_row=per_row)
+    from .kernels.blocks import Blocks
+    from .kernels.mass import listed_mass_triton
+
+    return listed_mass_triton(query, key, lse, Blocks.from_mask(mask, key_mask), scale, per_row=per_row)

@@ -1,0 +1,163 @@
+"""Rules, the choice between kernels and plain PyTorch, and the routing kernels' tests in Triton's interpreter.
+
+TRITON_INTERPRET is read when triton is imported and breaks torch.compile in the same process: hence the processes.
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dit_sparse import routing, scoring
+from dit_sparse.blockmask import BlockLayout, BlockMask
+from dit_sparse.selection import Rule, force, select_threshold, select_top_k, select_top_p
+
+HERE = pathlib.Path(__file__)
+TRITON = importlib.util.find_spec("triton") and tuple(map(int, importlib.metadata.version("triton").split(".")[:3]))
+ASSEMBLER = (pathlib.Path(str(importlib.util.find_spec("triton").origin)).parent / "backends/nvidia/bin/ptxas"
+             if TRITON else None)
+WAITING = {"_local_scalar_dense", "item", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive",
+           "is_nonzero", "equal", "repeat_interleave"}
+
+
+class Waits(TorchDispatchMode):
+    """Raises at an operator that waits for a GPU, or that moves data between devices."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        bool_index = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if name in WAITING or bool_index:
+            raise AssertionError(f"{func} waits for the device")
+        found = func(*args, **(kwargs or {}))
+        if name in ("_to_copy", "copy_") and len({x.device for x in (*args, found) if hasattr(x, "device")}) > 1:
+            raise AssertionError(f"{func} moves data between devices")
+        return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TRITON, reason="triton is not installed")
+@pytest.mark.skipif(bool(TRITON) and TRITON < (3, 7, 1), reason="triton < 3.7.1 does not interpret with numpy 2.4")
+@pytest.mark.parametrize("part", ["exactly", "not exactly"])
+def test_routing_kernels_in_the_interpreter(part: str) -> None:
+    # Compiled kernels and interpreted ones must not meet in one cache, nor two workers in one report.
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    environment.pop("PYTEST_ADDOPTS", None)
+    suite = HERE.with_name("interpreted_routing.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", part, str(suite)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=suite.parents[2])
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(ASSEMBLER is None or not ASSEMBLER.exists(), reason="needs triton with NVIDIA's assembler")
+def test_routing_kernels_compile_for_hopper_without_spills() -> None:
+    done = subprocess.run([sys.executable, str(HERE.with_name("offline_routing.py"))], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+def small_call(heads: int = 3) -> tuple[torch.Tensor, torch.Tensor, BlockLayout]:
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 2, 150, heads, 16, generator=generator).unbind(0)
+    return query, key, BlockLayout.raster(150, 32)
+
+
+@pytest.mark.parametrize("kind", ["top_k", "top_p", "threshold"])
+def test_a_rule_is_its_selection_and_its_forced_blocks(kind: str) -> None:
+    scores = torch.randn(2, 3, 5, 6)
+    select = {"top_k": select_top_k, "top_p": select_top_p, "threshold": select_threshold}[kind]
+    amount = 2 if kind == "top_k" else 0.4
+    assert torch.equal(Rule(kind, amount).keep(scores), select(scores, amount))
+    rule = Rule(kind, amount, softmax=True, rows=slice(1, 4), columns=slice(1, None), forced_columns=slice(5, 6))
+    want = torch.ones(2, 3, 5, 6, dtype=torch.bool)
+    want[:, :, 1:4, 1:] = select(scores[:, :, 1:4, 1:].softmax(-1), amount)
+    assert torch.equal(rule.keep(scores), force(want, columns=slice(5, 6)))
+    per_row = torch.full((5, 1), amount)
+    assert torch.equal(Rule(kind, per_row, rows=slice(1, 4)).keep(scores),
+                       Rule(kind, amount, rows=slice(1, 4)).keep(scores))
+
+
+@pytest.mark.parametrize("limit", [1, 2**26])
+def test_routing_is_scores_then_selection_then_lists(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, layout = small_call()
+    rule = Rule("top_k", torch.tensor([1, 2, 3])[:, None, None], own=True,
+                forced_columns=torch.rand(1, 3, layout.blocks) < 0.2, forced_rows=torch.rand(2, 3, layout.blocks) < 0.1)
+    keep = rule.keep(scoring.pooled_scores(query, key, layout, layout, 0.3))
+    want = BlockMask.from_dense(keep, layout, layout)
+    monkeypatch.setattr(scoring, "_NUMBERS_AT_ONCE", limit)
+    got = routing.route(query, key, layout, layout, 0.3, rule)
+    assert torch.equal(got.lists, want.lists) and torch.equal(got.work(), want.work())
+
+
+def test_plain_routing_never_reads_a_tensor() -> None:
+    layout = BlockLayout.from_order(torch.zeros(1, 2, 113, dtype=torch.int64, device="meta"), 32)
+    x = torch.rand(1, 113, 2, 8, device="meta")
+    mask = torch.ones(1, 113, dtype=torch.bool, device="meta")
+    with Waits():
+        for rule in (Rule("top_k", 2), Rule("top_p", 0.3, softmax=True, own=True), Rule("threshold", 0.1)):
+            found = routing.route(x, x, layout, layout, 1.0, rule, key_mask=mask)
+            lse = torch.empty(1, 2, 113, device="meta")
+            assert routing.listed_mass(x, x, lse, found, 1.0, key_mask=mask).shape == (1, 2, 4, 4)
+
+
+def test_kernels_are_used_only_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGPU:
+        device, dtype, shape = torch.device("cuda"), torch.float16, (1, 10, 1, 64)
+
+    x: Any = OnGPU()
+    monkeypatch.setattr(routing, "_missing", lambda interpreted: "")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(routing, "KERNELS_BY_DEFAULT", False)
+    for wanted, default, used in (("", False, False), ("0", False, False), ("1", False, True), ("", True, True),
+                                  ("0", True, False)):
+        monkeypatch.setenv("DIT_SPARSE_ROUTING", wanted)
+        monkeypatch.setattr(routing, "KERNELS_BY_DEFAULT", default)
+        assert routing._use_kernels(x, 10, None) is used
+    monkeypatch.setenv("DIT_SPARSE_ROUTING", "1")
+    assert not routing._use_kernels(torch.zeros(1, 10, 1, 64), 10, None)
+    routing.plain_calls.clear()
+    assert not routing._use_kernels(x, 2**20, None)
+    assert sum(routing.plain_calls.values()) == 1 and "1048576 key blocks" in next(iter(routing.plain_calls))
+    assert not routing._use_kernels(x, 10, False)
+
+
+def test_what_is_refused() -> None:
+    query, key, layout = small_call()
+    with pytest.raises(ValueError, match="kernels=True.*needs a GPU"):
+        routing.route(query, key, layout, layout, 1.0, Rule("top_k", 1), kernels=True)
+    with pytest.raises(ValueError, match="value head dim 200"):
+        routing.row_errors(query, key, torch.zeros(2, 150, 3, 200), torch.zeros(1, dtype=torch.int64),
+                           torch.ones(1, 1, 150, dtype=torch.bool), 1.0, kernels=True)
+    odd = BlockMask.full(layout, BlockLayout.raster(150, 48))
+    with pytest.raises(ValueError, match="block sizes .32, 48."):
+        routing.listed_mass(query, key, torch.zeros(2, 3, 150), odd, 1.0, kernels=True)
+    with pytest.raises(ValueError, match="own=True"):
+        routing.route(query, key, layout, BlockLayout.raster(150, 16), 1.0, Rule("top_k", 1, own=True))
+    with pytest.raises(ValueError, match="use .B, H, 5, 5."):
+        routing.lists_of_scores(torch.zeros(1, 1, 5, 6), layout, layout, Rule("top_k", 1))
+    with pytest.raises(ValueError, match="kind='best'"):
+        Rule("best", 1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="whole numbers"):
+        Rule("top_k", 0.5)
+    with pytest.raises(ValueError, match="last dimension must be 1"):
+        Rule("top_p", torch.rand(3))
+
+
+def test_listed_mass_of_all_blocks_is_the_block_mass() -> None:
+    query, key, layout = small_call()
+    mask = torch.rand(2, 150) < 0.8
+    logits = torch.einsum("blhd,bmhd->bhlm", query, key) * 0.3
+    lse = logits.masked_fill(~mask[:, None, None], -torch.inf).logsumexp(-1)
+    key[~mask] = torch.nan
+    full = BlockMask.full(layout, layout)
+    want = scoring.block_mass(query, key, layout, layout, 0.3, key_mask=mask)
+    # The list has whole blocks first and the short one last: here the blocks' own order.
+    torch.testing.assert_close(routing.listed_mass(query, key, lse, full, 0.3, key_mask=mask), want)
+    rows = routing.listed_mass(query, key, lse, full, 0.3, key_mask=mask, per_row=True)
+    torch.testing.assert_close(rows, torch.ones_like(lse))
