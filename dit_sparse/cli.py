@@ -213,6 +213,93 @@ def doctor(
     return show_hosts(as_json) if hosts else show_doctor(as_json)
 
 
+eval_app = typer.Typer(help="Measure methods: speed, fidelity to dense, quality; one report for each run.")
+app.add_typer(eval_app, name="eval")
+
+
+@eval_app.command("run")
+def eval_run(
+    config: Annotated[Path, typer.Argument(help="YAML or JSON file, see docs/evaluation.md.")],
+    output: Annotated[Path | None, typer.Option(help="Folder, made or continued; else eval-CONFIG.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make every prompt dense and with every method, measure the clips, write report.html; killed, it goes on later."""
+    from .commands.evaluation import evaluate as run
+
+    run(config, output=output, as_json=as_json)
+
+
+@eval_app.command("show")
+def eval_show(
+    folder: Annotated[Path, typer.Argument(help="Folder of `eval run`.")],
+    as_json: Json = False,
+) -> None:
+    """Print the tables of a run, finished or not, and write its report anew."""
+    from .commands.evaluation import show as run
+
+    run(folder, as_json=as_json, write=True)
+
+
+@eval_app.command("compare")
+def eval_compare(
+    a: Annotated[str, typer.Argument(metavar="A", help="Folder of `eval run`, or FOLDER:METHOD.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The same; methods are paired by name.")],
+    confidence: Annotated[float, typer.Option(help="Of the intervals, between 0 and 1.")] = 0.95,
+    as_json: Json = False,
+) -> None:
+    """Say which differences between two runs, or two methods, exceed noise."""
+    from .commands.evaluation import compare_evaluations as run
+
+    run(a, b, confidence=confidence, as_json=as_json)
+
+
+@eval_app.command("measures")
+def eval_measures(as_json: Json = False) -> None:
+    """List the measures, what they need, and whether they can be taken here."""
+    from .commands.evaluation import list_measures as run
+
+    run(as_json)
+
+
+@eval_app.command("blind-spots")
+def eval_blind_spots(
+    size: Annotated[int, typer.Option(min=32, max=512, help="Sides of the drawn clips.")] = 128,
+    frames: Annotated[int, typer.Option(min=1, max=65, help="Frames of the drawn clips.")] = 13,
+    measure: Annotated[list[str] | None, typer.Option(help="Name of a measure; may be repeated.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Spoil drawn clips in known ways; say which measure sees it and which does not."""
+    from .commands.evaluation import blind_spots as run
+
+    run(size=size, frames=frames, measures=measure, as_json=as_json)
+
+
+@eval_app.command("export-vbench")
+def eval_export(
+    folder: Annotated[Path, typer.Argument(help="Folder of `eval run`.")],
+    method: Annotated[str, typer.Argument(help="Label of the method, or dense.")],
+    output: Annotated[Path, typer.Option(help="Folder, made when it is missing.")],
+    as_json: Json = False,
+) -> None:
+    """Copy a method's videos to the names that VBench reads."""
+    from .commands.evaluation import export_vbench as run
+
+    run(folder, method, output, as_json=as_json)
+
+
+@eval_app.command("import-vbench")
+def eval_import(
+    files: Annotated[list[Path], typer.Argument(help="VBench's ..._eval_results.json, one or more.")],
+    folder: Annotated[Path | None, typer.Option(help="Folder of `eval run` whose report shows them.")] = None,
+    method: Annotated[str | None, typer.Option(help="Label of the method, or dense; with --folder.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Read VBench's results: each dimension on the leaderboard's scale, quality, semantic and total score."""
+    from .commands.evaluation import import_vbench as run
+
+    run(files, folder=folder, method=method, as_json=as_json)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 

@@ -73,7 +73,7 @@ def compare(
     shape = dict(shape or {})
     bar = bar or (lambda label: nullcontext())
     disable(pipe)
-    _warm_up(pipe, prompt, proc, shape)
+    warm_up(pipe, prompt, proc, shape)
     if dense is None:
         dense = timed(pipe, prompt, seed, shape, bar("dense"))
     enable(pipe, proc)
@@ -116,7 +116,7 @@ def timed(
         return clip, time.perf_counter() - start
 
 
-def _warm_up(pipe: Any, prompt: str, proc: Any, shape: Mapping[str, Any]) -> None:
+def warm_up(pipe: Any, prompt: str, proc: Any, shape: Mapping[str, Any]) -> None:
     """First-call costs belong to neither side: kernels are compiled on a GPU, buffers made on a CPU."""
     from dit_sparse import disable, enable
     from dit_sparse.pipelines.text_to_video import text_to_video
@@ -126,7 +126,7 @@ def _warm_up(pipe: Any, prompt: str, proc: Any, shape: Mapping[str, Any]) -> Non
         # On a CPU nothing is compiled: two short steps at a small size load the libraries.
         small |= {name: 64 for name in ("height", "width") if small.get(name)}
     text_to_video(pipe, prompt, **small)
-    if pipe.device.type == "cuda":
+    if pipe.device.type == "cuda" and proc is not None:
         enable(pipe, proc)
         try:
             text_to_video(pipe, prompt, **small)

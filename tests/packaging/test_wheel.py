@@ -2,6 +2,7 @@
 
 import email
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -58,6 +59,7 @@ def test_data_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
     weights = ROOT / "pipelines/embedded/weights"
     for file in (file for file in weights.rglob("*") if file.is_file()):
         assert f"dit_sparse/pipelines/embedded/weights/{file.relative_to(weights).as_posix()}" in names
+    assert "dit_sparse/eval/measures/niqe.json" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"dit_sparse"}
@@ -83,7 +85,7 @@ def test_every_requirement_is_pinned() -> None:
     }
     extras = project["optional-dependencies"]
     for line in project["dependencies"] + extras["gpu"] + extras["dev"] + extras["eval"]:
-        name = line.split(">")[0].split(";")[0].strip().lower()
+        name = re.split(r"[<>=;]", line)[0].strip().lower()
         assert name in pinned, f"constraints/tested.txt has no line for {name}"
 
 
@@ -108,13 +110,14 @@ def test_import_is_light() -> None:
 def test_package_works_without_triton_and_without_the_extras() -> None:
     code = """
 import sys
-for name in ("triton", "torchvision", "torchmetrics", "matplotlib", "cv2", "gradio", "peft", "ftfy"):
+for name in ("triton", "torchvision", "torchmetrics", "matplotlib", "cv2", "gradio", "peft", "ftfy", "imageio_ffmpeg"):
     sys.modules[name] = None  # importing it raises ImportError
 import dit_sparse, dit_sparse.doctor
 from dit_sparse import SparseProc, disable, enable, summary
 from dit_sparse.pipelines.load import load
 from dit_sparse.pipelines import hosts, text_to_image, text_to_video, video_io, video_to_video
-from dit_sparse.eval import compare, fidelity, run
+from dit_sparse.eval import compare, fidelity, report, run
+from dit_sparse.eval.measures import table
 from dit_sparse.commands import compare, console, generate, listing, request
 print(*(method.name for method in dit_sparse.methods()))
 """

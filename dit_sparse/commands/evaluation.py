@@ -1,0 +1,215 @@
+"""`dit-sparse eval ...`: run an evaluation, compare two, list the measures and what they do not see."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import Any
+
+from .console import UserError, print_json, print_pairs, print_table, progress, refusing, warn
+from .request import check_writable, shape_of, warn_of_unknown_words
+
+
+def evaluate(config_file: Path, *, output: Path | None = None, as_json: bool = False) -> None:
+    """Check the configuration, make and measure what is missing in the folder, write the report, print a table."""
+    with refusing():
+        from ..eval.config import EvalConfig, read_config
+
+        config: EvalConfig = read_config(config_file)
+    folder = output or Path(f"eval-{config_file.stem}")
+    from .run import open_pipeline, stay_offline
+
+    stay_offline(config.pipeline)
+    from .. import SparseFallbackError, SparseProc
+    from ..pipelines.embedded import DEFAULTS
+
+    base = DEFAULTS if config.pipeline == "embedded" else {}
+    shape = shape_of(
+        config.pipeline, size=config.size, steps=config.steps, guidance_scale=config.guidance, base=base
+    )
+    _prepare(folder)
+    warn_of_unknown_words(config.pipeline, list(config.prompts))
+    # The kernel of any method may be one that this device lacks.
+    for entry in config.methods[1:]:
+        _check_kernel(SparseProc(entry.name, **entry.options), config.device)
+    first = config.methods[0]
+    pipe = open_pipeline(config.pipeline, config.device, SparseProc(first.name, **first.options))
+    import torch
+
+    from ..eval.evaluation import digest
+    from ..eval.evaluation import evaluate as run_evaluation
+    from ..pipelines.load import locate
+
+    words = ["dit-sparse", "eval", "run", str(config_file), "--output", str(folder)]
+    with refusing(ValueError, SparseFallbackError, MemoryError, torch.OutOfMemoryError):
+        run_evaluation(
+            config, shape.arguments(), pipe, folder, command=shlex.join(words), bar=progress,
+            weights=digest(locate(config.pipeline)),
+        )
+    show(folder, as_json=as_json)
+
+
+def _prepare(folder: Path) -> None:
+    """The folder exists and takes files; one that holds something else is refused."""
+    from ..eval.evaluation import REPORT, RESULTS, RUN
+    from ..eval.run import finished
+
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder} is a file; name a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / RUN).is_file():
+        raise UserError(f"--output {folder} holds other files; name a new folder, or one of an evaluation")
+    with refusing(OSError, prefix=f"--output {folder}: "):
+        folder.mkdir(parents=True, exist_ok=True)
+    with refusing():
+        finished(folder / RESULTS)
+    check_writable(folder / RESULTS, folder / REPORT)
+
+
+def _check_kernel(proc: Any, device: str | None) -> None:
+    from .run import check_backend, check_device
+
+    check_device(device)
+    check_backend(proc.settings.backend, device)
+
+
+def show(folder: Path, *, as_json: bool = False, write: bool = False) -> None:
+    """Print the tables of a run; `write` also makes its report anew, as after a kill."""
+    with refusing(ValueError, OSError):
+        if write:
+            from ..eval.report import write_report
+
+            write_report(folder)
+        from ..eval.bootstrap import Interval
+        from ..eval.measures.table import MEASURES
+        from ..eval.results import COSTS, load_evaluation, table_rows
+
+        run = load_evaluation(folder)
+        names = [*COSTS, *(name for name in MEASURES if any(name in e["result"]["values"] for e in run.entries))]
+        rows = table_rows(run, names)
+    files = [str(folder / name) for name in ("report.html", "results.jsonl", "environment.json", "videos")]
+    if as_json:
+        plain = [{name: dataclasses.asdict(v) if isinstance(v, Interval) else v for name, v in row.items()}
+                 for row in rows]
+        print_json({"methods": plain, "finished": len(run.entries), "planned": run.planned, "files": files})
+        return
+    # Methods are few and measures many: one row for each measure.
+    present = [name for name in names if any(row[name] is not None for row in rows)]
+    print_table(
+        ["measure", *(row["label"] for row in rows)],
+        [[name, *(None if row[name] is None else str(row[name]) for row in rows)] for name in present],
+    )
+    print_pairs({"clips": f"{len(run.entries)} of {run.planned}", "written": files})
+
+
+def compare_evaluations(a: str, b: str, *, confidence: float = 0.95, as_json: bool = False) -> None:
+    """Print which differences between two runs, or two methods, exceed noise."""
+    with refusing():
+        from ..eval.results import compare_runs
+
+        found = compare_runs(a, b, confidence=confidence)
+    if as_json:
+        print_json({"a": a, "b": b, "confidence": confidence, "differences": [d.to_dict() for d in found]})
+        return
+    rows = [
+        [d.label, d.name, f"{d.a:.4g}", f"{d.b:.4g}", str(d.difference), d.says, d.better or "-"] for d in found
+    ]
+    print_table(["method", "measure", "A", "B", f"B - A [{confidence:.0%}]", "B is", "better"], rows)
+    real = sum(d.says in ("higher", "lower") for d in found)
+    print_pairs({"A": a, "B": b, "prompts": found[0].difference.prompts,
+                 "beyond noise": f"{real} of {len(found)}; by chance alone about {(1 - confidence) * len(found):.1f}"})
+
+
+def list_measures(as_json: bool = False) -> None:
+    """Print the measures: what each needs, its range and direction, and whether it can be taken here."""
+    from ..eval.measures.table import MEASURES
+
+    rows = [
+        {"name": m.name, "kind": m.kind, "range": m.range, "direction": m.direction, "needs": m.needs,
+         "reencode_bound": m.reencode_bound, "dimension": m.dimension, "missing": m.missing()}
+        for m in MEASURES.values()
+    ]
+    if as_json:
+        print_json(rows)
+        return
+    print_table(
+        ["measure", "takes", "range", "better", "VBench dimension", "here"],
+        [[*(row[name] or "-" for name in ("name", "kind", "range", "direction", "dimension")), row["missing"] or "yes"]
+         for row in rows],
+    )
+
+
+def blind_spots(*, size: int = 128, frames: int = 13, measures: list[str] | None = None, as_json: bool = False) -> None:
+    """Spoil drawn clips in known ways; print which measure falls with the strength, and which do not see it."""
+    with refusing():
+        from ..eval.measures import degradations
+        from ..eval.measures.table import MEASURES, check_names
+
+        names = check_names(measures or [name for name, m in MEASURES.items() if not m.missing()])
+        clips = [degradations.draw(prompt, frames, size) for prompt in degradations.PROMPTS]
+    with progress("measuring") as update:
+        found: dict[str, dict[str, list[float]]] = {}
+        for done, spoiled in enumerate(degradations.DEGRADATIONS, 1):
+            for name, row in degradations.sensitivities(clips, names, [spoiled]).items():
+                found.setdefault(name, {}).update(row)
+            update(done, len(degradations.DEGRADATIONS))
+    for name in names:
+        if name not in found:
+            warn(f"{name} was not measured: it needs a larger or longer clip (--size, --frames), or a package")
+    blind = degradations.blind_spots(found)
+    if as_json:
+        print_json({"levels": [0.0, *degradations.LEVELS], "values": found, "blind": blind})
+        return
+
+    def word(name: str, spoiled: str) -> str:
+        if spoiled in blind.get(name, []):
+            return "BLIND"
+        return "falls" if degradations.answers(name, found[name][spoiled]) else "sees"
+
+    kinds = list(degradations.DEGRADATIONS)
+    print_table(["measure", *kinds], [[name, *(word(name, kind) for kind in kinds)] for name in found])
+    unseen = [kind for kind in kinds if all(kind in blind.get(name, []) for name in found)]
+    print_pairs({
+        "falls": "worse with every strength", "sees": "worse at the strongest, not at every step",
+        "BLIND": "not worse, or better, at the strongest", "seen by none": ", ".join(unseen) or "-",
+    })
+
+
+def export_vbench(folder: Path, method: str, output: Path, *, as_json: bool = False) -> None:
+    """Copy a method's videos into VBench's layout."""
+    with refusing(ValueError, OSError):
+        from ..eval.vbench import export_videos
+
+        files = [str(path) for path in export_videos(folder, method, output)]
+    if as_json:
+        print_json({"method": method, "files": files})
+    else:
+        print_pairs({"videos": len(files), "written": str(output)})
+
+
+def import_vbench(
+    files: list[Path], *, folder: Path | None = None, method: str | None = None, as_json: bool = False
+) -> None:
+    """Print VBench's scores; with a folder and a method, keep them there and write its report anew."""
+    if (folder is None) != (method is None):
+        raise UserError("--folder and --method belong together; give both, or none")
+    with refusing(ValueError, OSError):
+        from ..eval.vbench import DIMENSIONS, keep_scores, read_scores
+
+        found = read_scores(*files)
+        if folder is not None and method is not None:
+            keep_scores(folder, method, found)
+            from ..eval.report import write_report
+
+            write_report(folder)
+    if as_json:
+        print_json(found.to_dict())
+        return
+    rows = [[name, f"{found.raw[name]:.4f}", f"{100 * found.normalised[name]:.2f}", DIMENSIONS[name].weight]
+            for name in DIMENSIONS if name in found.raw]
+    print_table(["dimension", "as measured", "normalised, %", "weight"], rows)
+    means = {"quality": found.quality, "semantic": found.semantic, "total": found.total}
+    print_pairs({
+        **{name: "not complete" if value is None else f"{100 * value:.2f} %" for name, value in means.items()},
+        "missing": ", ".join(found.missing) or "-",
+    })

@@ -1,0 +1,183 @@
+"""The measures by name: what each takes, which way is good, and what it needs; and one function that takes them all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from . import features, ffmpeg, imaging, motion, reference, world
+
+Kind = Literal["pair", "clip", "prompt"]
+Direction = Literal["higher", "lower", "zero", "neither"]
+
+
+def _nothing() -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One measure.
+
+    Attributes:
+        name: as in results and reports; ends in _proxy when another network stands in for VBench's.
+        kind: "pair" takes (reference, video), "clip" takes (video), "prompt" takes (video, prompt).
+        direction: "higher" or "lower" is better, "zero" means nearest to 0, "neither" says that it only informs.
+        range: of its values, as text.
+        needs: packages beyond the plain installation, as text; empty for none.
+        compute: the function, whose docstring holds formula and source.
+        missing: why it cannot be computed on this machine; an empty text when it can.
+        takes_fps: whether `fps=` is an argument.
+        reencode_bound: by how much a re-encoding at high quality (x264, crf 4) may move it.
+        dimension: VBench's dimension that it measures or stands for, or an empty text.
+    """
+
+    name: str
+    kind: Kind
+    direction: Direction
+    range: str
+    needs: str
+    compute: Callable[..., float | None]
+    missing: Callable[[], str] = _nothing
+    takes_fps: bool = False
+    reencode_bound: float = 0.0
+    dimension: str = ""
+
+    def signed(self, value: float) -> float:
+        """The value turned so that higher is better; "neither" stays as it is."""
+        return -abs(value) if self.direction == "zero" else -value if self.direction == "lower" else value
+
+
+def _pair(name: str, direction: Direction, range_: str, bound: float, needs: str = "", **more: Any) -> Measure:
+    home = ffmpeg if hasattr(ffmpeg, name) else reference
+    return Measure(name, "pair", direction, range_, needs, getattr(home, name), reencode_bound=bound, **more)
+
+
+def _clip(name: str, home: Any, direction: Direction, range_: str, bound: float, needs: str, **more: Any) -> Measure:
+    more |= {"reencode_bound": bound, "dimension": name.removesuffix("_proxy")}
+    more["dimension"] = more["dimension"] if more["dimension"] in VBENCH else ""
+    return Measure(name, "clip", direction, range_, needs, getattr(home, name), **more)
+
+
+def _prompt(name: str, dimension: str) -> Measure:
+    return Measure(name, "prompt", "higher", "0 or 1", "", getattr(world, name), dimension=dimension)
+
+
+# VBench's dimensions (arXiv 2311.17982) and, where nothing here measures one, what it would take.
+VBENCH: dict[str, str] = {
+    "subject_consistency": "",
+    "background_consistency": "",
+    "temporal_flickering": "",
+    "motion_smoothness": "",
+    "dynamic_degree": "",
+    "aesthetic_quality": "needs CLIP ViT-L/14 and the LAION head",
+    "imaging_quality": "",
+    "object_class": "",
+    "multiple_objects": "",
+    "human_action": "",
+    "color": "",
+    "spatial_relationship": "",
+    "scene": "",
+    "temporal_style": "",
+    "appearance_style": "needs CLIP ViT-B/32",
+    "overall_consistency": "",
+}
+
+_FLOW = {"missing": motion.without_opencv}
+_NET = {"missing": features.without_features}
+_ALL = (
+    _pair("psnr", "higher", "0 to 100 dB", 1.0),
+    _pair("psnr_frames", "higher", "0 to 100 dB", 1.0),
+    _pair("ssim", "higher", "-1 to 1", 0.03),
+    _pair("ms_ssim", "higher", "0 to 1", 0.01, "torchmetrics", missing=reference.without_torchmetrics),
+    _pair("vmaf", "higher", "0 to 100", 3.0, "ffmpeg with libvmaf", missing=ffmpeg.without_vmaf, takes_fps=True),
+    _pair("xpsnr", "higher", "0 to 100 dB", 1.0, "ffmpeg with xpsnr", missing=ffmpeg.without_xpsnr, takes_fps=True),
+    _pair("flicker_difference", "zero", "-1 to 1", 0.003),
+    _pair("sharpness_drift", "zero", "-10 to 10", 0.15),
+    _pair("lpips", "lower", "0 to 1", 0.02, "torchvision, AlexNet weights", missing=reference.without_lpips),
+    _pair("dists", "lower", "0 to 1", 0.02, "torchvision, VGG weights", missing=reference.without_dists),
+    _clip("temporal_flickering", motion, "higher", "0 to 1", 0.003, ""),
+    _clip("motion_smoothness_proxy", motion, "higher", "0 to 1", 0.003, "OpenCV", **_FLOW),
+    _clip("dynamic_degree_proxy", motion, "neither", "0 or 1", 0.0, "OpenCV", takes_fps=True, **_FLOW),
+    _clip("motion_magnitude_proxy", motion, "neither", "0 upwards", 0.05, "OpenCV", takes_fps=True, **_FLOW),
+    _clip("subject_consistency_proxy", features, "higher", "0 to 1", 0.02, "EfficientNet-lite0", **_NET),
+    _clip("background_consistency_proxy", features, "higher", "0 to 1", 0.02, "EfficientNet-lite0", **_NET),
+    _clip("imaging_quality_proxy", imaging, "lower", "0 upwards", 2.0, ""),
+    _prompt("world_object_class", "object_class"),
+    _prompt("world_multiple_objects", "multiple_objects"),
+    _prompt("world_color", "color"),
+    _prompt("world_spatial_relationship", "spatial_relationship"),
+    _prompt("world_action", "human_action"),
+    _prompt("world_scene", "scene"),
+    _prompt("world_camera", "temporal_style"),
+    _prompt("world_all", "overall_consistency"),
+)
+MEASURES: dict[str, Measure] = {measure.name: measure for measure in _ALL}
+
+
+def check_names(names: Iterable[str]) -> list[str]:
+    """The names as a list.
+
+    Raises:
+        ValueError: a name that is no measure.
+    """
+    names = list(names)
+    for name in names:
+        if name not in MEASURES:
+            raise ValueError(f"measure {name!r} is unknown; use some of {', '.join(MEASURES)}")
+    return names
+
+
+def measure(
+    video: torch.Tensor,
+    *,
+    reference: torch.Tensor | None = None,
+    prompt: str | None = None,
+    fps: float = 8.0,
+    names: Iterable[str] | None = None,
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Every measure that can be taken of a clip.
+
+    Args:
+        video: (F, 3, H, W) in [0, 1].
+        reference: the clip to compare with; None leaves the pairs out.
+        prompt: what the clip should show; None leaves the prompt's dimensions out.
+        fps: frames per second of the clip.
+        names: which measures; None takes all.
+
+    Returns:
+        Values by name, and by name why a measure was not taken: a package that is missing, a clip that is too small or
+        too short. A dimension that does not apply to the prompt is in neither.
+
+    Raises:
+        ValueError: an unknown name, or a clip that no measure takes.
+    """
+    from .clips import check_clip, check_fps, check_pair
+
+    check_clip(video)
+    check_fps(fps)
+    if reference is not None:
+        check_pair(reference, video)
+    values: dict[str, float] = {}
+    reasons: dict[str, str] = {}
+    for name in check_names(MEASURES if names is None else names):
+        entry = MEASURES[name]
+        given = {"pair": reference, "clip": video, "prompt": prompt}[entry.kind]
+        if given is None:
+            continue
+        reason = entry.missing()
+        if reason:
+            reasons[name] = reason
+            continue
+        arguments = {"pair": (reference, video), "clip": (video,), "prompt": (video, prompt)}[entry.kind]
+        try:
+            value = entry.compute(*arguments, **({"fps": fps} if entry.takes_fps else {}))
+        except ValueError as error:
+            reasons[name] = str(error)
+            continue
+        if value is not None:
+            values[name] = float(value)
+    return values, reasons

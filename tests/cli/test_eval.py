@@ -1,0 +1,121 @@
+"""`dit-sparse eval` on a tiny model: what it writes, prints and refuses."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+CONFIG = """
+pipeline: {model}
+methods: [svg]
+prompts: [a red circle, a blue star]
+steps: 2
+size: 64x32x5
+guidance: 1
+measures: [psnr, temporal_flickering]
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_folder: Path) -> Path:
+    (tmp_path / "small.yaml").write_text(CONFIG.format(model=tiny_folder))
+    return tmp_path / "small.yaml"
+
+
+def test_run_show_and_compare(dit_sparse, config: Path) -> None:
+    done = dit_sparse("eval", "run", "small.yaml")
+    assert done.code == 0, done.err
+    assert done.files == {"small.yaml", "eval-small"} and "psnr" in done.out and "4 of 4" in done.out
+    lines = (done.folder / "eval-small" / "results.jsonl").read_text()
+    done = dit_sparse("eval", "run", "small.yaml", "--output", "eval-small", "--json")
+    assert done.json["finished"] == done.json["planned"] == 4
+    assert done.json["methods"][1]["psnr"]["prompts"] == 2
+    assert (done.folder / "eval-small" / "results.jsonl").read_text() == lines  # nothing was done again
+    (done.folder / "eval-small" / "report.html").unlink()
+    assert dit_sparse("eval", "show", "eval-small").code == 0
+    page = (done.folder / "eval-small" / "report.html").read_text()
+    assert "dit-sparse eval run small.yaml --output eval-small" in page
+    done = dit_sparse("eval", "compare", "eval-small:dense", "eval-small:svg", "--json")
+    assert done.code == 0 and {d["says"] for d in done.json["differences"]} == {"too few prompts"}
+    assert "beyond noise" in dit_sparse("eval", "compare", "eval-small", "eval-small").out
+    wrong = dit_sparse("eval", "compare", "eval-small", "eval-small", "--confidence", "95")
+    assert "confidence=95.0 is not allowed" in wrong.refusal()
+
+
+def test_vbench_goes_out_and_comes_back(dit_sparse, config: Path) -> None:
+    assert dit_sparse("eval", "run", "small.yaml", "--output", "run").code == 0
+    done = dit_sparse("eval", "export-vbench", "run", "svg", "--output", "out", "--json")
+    assert done.code == 0, done.err
+    assert {file.name for file in (done.folder / "out").iterdir()} == {"a red circle-0.mp4", "a blue star-0.mp4"}
+    (config.parent / "scores.json").write_text(json.dumps({"scene": [0.4111, []], "color": [0.9, []]}))
+    done = dit_sparse("eval", "import-vbench", "scores.json", "--folder", "run", "--method", "svg")
+    assert done.code == 0 and "50.00" in done.out and "not complete" in done.out, done.err
+    assert "VBench's own scores" in (config.parent / "run" / "report.html").read_text()
+
+
+def test_measures_are_listed(dit_sparse) -> None:
+    done = dit_sparse("eval", "measures", "--json")
+    names = {row["name"]: row for row in done.json}
+    assert names["psnr"]["missing"] == "" and names["world_scene"]["dimension"] == "scene"
+    assert "temporal_flickering" in dit_sparse("eval", "measures").out
+
+
+def test_blind_spots_are_printed(dit_sparse) -> None:
+    words = ["eval", "blind-spots", "--size", 48, "--frames", 5]
+    words += ["--measure", "temporal_flickering", "--measure", "psnr"]
+    done = dit_sparse(*words)
+    assert done.code == 0, done.err
+    row = next(line for line in done.out.splitlines() if "temporal_flickering" in line)
+    assert "BLIND" in row and "falls" in row
+    found = dit_sparse(*words, "--json").json
+    assert "freeze" in found["blind"]["temporal_flickering"] and len(found["values"]["psnr"]["blur"]) == 4
+
+
+WRONG = {
+    "no file": (["run", "none.yaml"], "none.yaml cannot be read"),
+    "foreign folder": (["run", "small.yaml", "--output", "full"], "--output full holds other files"),
+    "file": (["run", "small.yaml", "--output", "small.yaml"], "is a file; name a folder"),
+    "size": (["run", "odd.yaml"], "width 63 is not a multiple of"),
+    "key": (["run", "typo.yaml"], "key 'prompt' is unknown; did you mean 'prompts'"),
+    "model": (["run", "model.yaml"], "'nowhere' is unknown"),
+    "device": (["run", "device.yaml"], "'warp' cannot be used"),
+    "no run": (["compare", "full", "full"], "cannot be read"),
+    "nowhere": (["compare", "a", "b"], "a is no folder"),
+    "show": (["show", "full"], "cannot be read"),
+    "halves": (["import-vbench", "scores.json", "--folder", "full"], "--folder and --method belong together"),
+    "scores": (["import-vbench", "scores.json"], "scores.json cannot be read"),
+    "export": (["export-vbench", "full", "svg", "--output", "out"], "cannot be read"),
+    "measure": (["blind-spots", "--measure", "pnsr"], "'pnsr' is unknown"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_refusals(dit_sparse, config: Path, case: str) -> None:
+    text = config.read_text()
+    folder = config.parent
+    (folder / "full").mkdir()
+    (folder / "full" / "notes.txt").write_text("mine")
+    (folder / "odd.yaml").write_text(text.replace("64x32x5", "63x32x5"))
+    (folder / "typo.yaml").write_text(text.replace("prompts:", "prompt:"))
+    (folder / "model.yaml").write_text(text.replace(text.split("pipeline: ")[1].split("\n")[0], "nowhere"))
+    (folder / "device.yaml").write_text(text + "device: warp\n")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    words, match = WRONG[case]
+    assert match in dit_sparse("eval", *words).refusal()
+    after = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    assert after == before
+
+
+def test_core_commands_do_not_import_what_eval_needs() -> None:
+    import subprocess
+
+    code = (
+        "import sys, json, dit_sparse, dit_sparse.cli, dit_sparse.eval.compare, dit_sparse.commands.compare\n"
+        "bad = {'cv2', 'torchmetrics', 'yaml', 'imageio_ffmpeg', 'matplotlib', 'efficientnet_lite_pytorch'}\n"
+        "print(json.dumps(sorted(bad & set(sys.modules))))"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads(done.stdout)) <= {"yaml"}  # PyYAML comes with the hub's client
