@@ -38,12 +38,16 @@ class BlockLayout:
         index: token at each slot, -1 for padding; int64 (slots,) or (B|1, H|1, slots), or None when slot i is
             token i and only the last block may be short.
         lengths: int32 (blocks,), real tokens of each block, packed at its front; the same for all heads.
+        box: when the blocks are the tiles of a grid, in raster order, and text blocks after them: frames, rows and
+            columns of the grid, the same of a tile, first video token, first text token, text tokens. It says what
+            `index` says, for kernels that copy tiles straight from the activations. None: any other layout.
     """
 
     block_size: int
     tokens: int
     index: Tensor | None
     lengths: Tensor
+    box: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.lengths.dim() != 1:

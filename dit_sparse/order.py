@@ -6,7 +6,9 @@ order works on every grid, however ragged; `layout` turns one into blocks of the
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -173,6 +175,7 @@ def layout(
     block_size: int,
     *,
     lengths: Sequence[int] | None = None,
+    tile_shape: tuple[int, int, int] | None = None,
     device: Device = None,
 ) -> BlockLayout:
     """Blocks of the whole sequence: video blocks in the given order, then text in blocks of its own.
@@ -185,6 +188,8 @@ def layout(
         block_size: slots of a block.
         lengths: sizes of the tiles along the order, from `tile`; no block spans two tiles, and bigger tiles are
             cut. None: the video is one run of tokens.
+        tile_shape: the shape given to `tile`, when order and lengths are what it returned: a layout whose tiles fit
+            into blocks then says so in its `box`, which lets a kernel copy them without an index.
         device: where to build; by default the order's device.
 
     Returns:
@@ -200,7 +205,12 @@ def layout(
     text = torch.arange(grid.text, device=device) + grid.text_start
     whole = torch.cat((video + grid.video_start, text.expand(*video.shape[:-1], -1)), dim=-1)
     if lengths is not None:
-        return BlockLayout.from_order(whole, block_size, lengths=[*lengths, grid.text])
+        made = BlockLayout.from_order(whole, block_size, lengths=[*lengths, grid.text])
+        shape = tuple(min(n, most) for n, most in zip(tile_shape or grid.sizes, grid.sizes, strict=True))
+        if tile_shape is None or math.prod(shape) > block_size:
+            return made
+        box = (*grid.sizes, *shape, grid.video_start, grid.text_start, grid.text)
+        return dataclasses.replace(made, box=box)
     parts = [BlockLayout.raster(n, block_size, device).lengths for n in (grid.video, grid.text)]
     return BlockLayout.from_order(whole, block_size, lengths=torch.cat(parts))
 

@@ -1,7 +1,8 @@
 """`block_sparse_attention`: checks the call, chooses a backend and runs it as one operator that compilers do not open.
 
-Backends, fastest first: "triton" (portable GPU kernel), "cpu" (pieces by PyTorch's own CPU kernel), "pieces" (the
-same cut on any other device), "reference" (the formula). Importing this module needs neither triton nor a GPU.
+Backends, fastest first: "hopper" (Gluon kernel for Hopper GPUs, for now only when asked for), "triton" (portable GPU
+kernel), "cpu" (pieces by PyTorch's own CPU kernel), "pieces" (the same cut on any other device), "reference" (the
+formula). Importing this module needs neither triton nor a GPU.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import functools
 import importlib.util
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from . import hopper_plan
 from .blocks import Blocks
 from .dense import dense_attention
 from .reference import block_sparse_reference
@@ -30,6 +32,9 @@ __all__ = ["Backend", "backends", "block_sparse_attention", "can_run", "choose_b
 _MAX_HEAD_DIM = 128
 _BLOCK_SIZES = (16, 32, 64, 128)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Backends that have not passed tests/gpu on a GPU yet: never chosen by themselves, only asked for by name or by the
+# environment variable. A backend leaves this table when its log lies in docs/.
+_ONLY_WHEN_ASKED = {"hopper": "DIT_SPARSE_HOPPER"}
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ def choose_backend(
 
 def device_backends() -> list[tuple[str, bool, str]]:
     """(name, available, reason when not, else what it is) of every backend on this machine."""
-    return [(b.name, not b.missing(), b.missing() or b.title) for b in _BACKENDS]
+    return [(b.name, not b.missing(), b.missing() or b.title + _note(b.name)) for b in _BACKENDS]
 
 
 def block_sparse_attention(
@@ -129,7 +134,8 @@ def block_sparse_attention(
     return _operator(
         query, key, value, blocks.lists, blocks.whole, blocks.boundary, blocks.query_lengths, blocks.key_lengths,
         blocks.query_index, blocks.key_index, blocks.key_coordinates, blocks.query_low, blocks.query_high,
-        blocks.always, blocks.key_mask, blocks.query_block, blocks.key_block, scale, backend)
+        blocks.always, blocks.key_mask, blocks.query_block, blocks.key_block, blocks.query_box,
+        blocks.key_box, scale, backend)
 
 
 @torch.library.custom_op("dit_sparse::block_sparse_attention", mutates_args=())
@@ -137,10 +143,12 @@ def _operator(
     query: Tensor, key: Tensor, value: Tensor, lists: Tensor, whole: Tensor, boundary: Tensor, query_lengths: Tensor,
     key_lengths: Tensor, query_index: Tensor | None, key_index: Tensor | None, key_coordinates: Tensor | None,
     query_low: Tensor | None, query_high: Tensor | None, always: Tensor | None, key_mask: Tensor | None,
-    query_block: int, key_block: int, scale: float, backend: str,
+    query_block: int, key_block: int, query_box: Sequence[int] | None, key_box: Sequence[int] | None,
+    scale: float, backend: str,
 ) -> tuple[Tensor, Tensor]:
     blocks = Blocks(lists, whole, boundary, query_lengths, key_lengths, query_index, key_index, key_coordinates,
-                    query_low, query_high, always, key_mask, query_block, key_block)
+                    query_low, query_high, always, key_mask, query_block, key_block,
+                    *(None if box is None else tuple(box) for box in (query_box, key_box)))
     return _named(backend).run(query, key, value, blocks, scale)
 
 
@@ -178,10 +186,25 @@ def _check(
         raise ValueError(f"scale={scale} is not allowed; use a positive number")
 
 
+def _may_choose(name: str) -> bool:
+    """Whether the backend may be chosen without being asked for by name."""
+    variable = _ONLY_WHEN_ASKED.get(name)
+    return variable is None or os.environ.get(variable) == "1"
+
+
+def _note(name: str) -> str:
+    """What to know about a backend that can run, for `device_backends`."""
+    if name not in _ONLY_WHEN_ASKED:
+        return ""
+    how = (f"chosen first because {_ONLY_WHEN_ASKED[name]}=1" if _may_choose(name) else
+           f"used only with backend={name!r} or {_ONLY_WHEN_ASKED[name]}=1")
+    return f"; not yet proven on a GPU, {how}"
+
+
 def _choose(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks) -> str:
     """The first backend without a reason; on a CPU the interpreter never is the fastest."""
     for backend in _BACKENDS:
-        if backend.name == "triton" and query.device.type == "cpu":
+        if not _may_choose(backend.name) or (backend.name == "triton" and query.device.type == "cpu"):
             continue
         if not backend.reasons(query, key, value, blocks):
             return backend.name
@@ -245,6 +268,14 @@ def _run_triton(
     return block_sparse_attention_triton(query, key, value, blocks, scale)
 
 
+def _run_hopper(
+    query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float
+) -> tuple[Tensor, Tensor]:
+    from .hopper import block_sparse_attention_hopper
+
+    return block_sparse_attention_hopper(query, key, value, blocks, scale)
+
+
 def _run_pieces(
     query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -272,6 +303,7 @@ def _none(*_: object) -> list[str]:
 
 
 _BACKENDS = (
+    Backend("hopper", "Hopper kernel (Gluon)", hopper_plan.hopper_reasons, _run_hopper, hopper_plan.missing),
     Backend("triton", "portable Triton kernel", triton_reasons, _run_triton, _triton_missing),
     Backend("cpu", "pieces by PyTorch's CPU kernel", _cpu_reasons, _run_pieces, lambda: ""),
     Backend("pieces", "pieces by matrix products, any device, slow", _pieces_reasons, _run_pieces, lambda: ""),

@@ -25,6 +25,7 @@ class Blocks:
         always: bool (key slots,), keys that pass the window for every query; None: no such keys.
         key_mask: bool (B, Lk), True where the key is a real token; None: all are.
         query_block, key_block: slots of a block.
+        query_box, key_box: where the tiles of the layout lie in the grid, see `BlockLayout.box`; None: no tiles.
     """
 
     lists: Tensor
@@ -41,6 +42,8 @@ class Blocks:
     key_mask: Tensor | None
     query_block: int
     key_block: int
+    query_box: tuple[int, ...] | None = None
+    key_box: tuple[int, ...] | None = None
 
     @classmethod
     def from_mask(cls, mask: BlockMask, key_mask: Tensor | None = None) -> Blocks:
@@ -61,6 +64,8 @@ class Blocks:
             key_mask=key_mask,
             query_block=mask.query.block_size,
             key_block=mask.key.block_size,
+            query_box=mask.query.box,
+            key_box=mask.key.box,
         )
 
     @classmethod

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.gpu.checks import all_checks
+from tests.gpu.run import checks_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -12,6 +12,6 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("name", list(all_checks()))
+@pytest.mark.parametrize("name", list(checks_of(None)))
 def test_gpu(name: str) -> None:
-    assert all_checks()[name]() == ""
+    assert checks_of(None)[name]() == ""

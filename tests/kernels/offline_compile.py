@@ -1,8 +1,10 @@
-"""Compiles the portable Triton kernel for sm_90 on any machine, without a GPU, and counts registers and spills.
+"""Compiles the GPU kernels for sm_90 on any machine, without a GPU, and counts registers, spills, products and waits.
 
     python tests/kernels/offline_compile.py [--cases bf16-128 fp16-64 ...]
 
-Exits with 1 when a compile fails or spills more than the case may. Works with triton 3.6 and later.
+Cases called hopper-... are the Hopper kernel, all others the portable one. Exits with 1 when a compile fails, spills
+more than the case may, or when the matrix products of the Hopper kernel are not as many, or as overlapped, as
+written. Works with triton 3.6 and later.
 """
 
 from __future__ import annotations
@@ -25,7 +27,11 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from dit_sparse.kernels import portable  # noqa: E402
+from dit_sparse import order  # noqa: E402
+from dit_sparse.blockmask import BlockLayout, BlockMask, TokenWindow  # noqa: E402
+from dit_sparse.grid import TokenGrid  # noqa: E402
+from dit_sparse.kernels import hopper, hopper_kernel, portable  # noqa: E402
+from dit_sparse.kernels.blocks import Blocks  # noqa: E402
 
 BINARIES = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 HOPPER_SHARED = 232448
@@ -68,6 +74,65 @@ CASES = {
 
 
 @dataclass(frozen=True)
+class HopperCase:
+    """One specialisation of the Hopper kernel."""
+
+    dtype: torch.dtype = torch.bfloat16
+    head_dim: int = 128
+    key_block: int = 128
+    order: str = "raster"
+    coordinates: int = 0
+    always: bool = False
+    key_mask: bool = False
+    persistent: bool = False
+    text: int = 77
+
+    @property
+    def wgmma(self) -> int:
+        """Matrix instructions of both consumer groups: each multiplies over 16 columns, or keys, at a time.
+
+        Scores and outputs stand three times in the code: the first block's scores and the last one's output, the loop
+        of whole blocks, the loop of boundary blocks.
+        """
+        width = 64 if self.head_dim <= 64 else 128
+        return 2 * 3 * (width + self.key_block) // 16
+
+
+# Waits for matrix products: per consumer group one for the first scores, two in each of the two loops, one for the last
+# output. More of them mean that the assembler gave up on overlapping the products: then every single one is waited for.
+HOPPER_WAITS = 12
+
+HOPPER_CASES = {
+    f"hopper-{TYPES[dtype]}-{head_dim}-{key_block}-{order}": HopperCase(dtype, head_dim, key_block, order)
+    for dtype in (torch.bfloat16, torch.float16) for head_dim in (64, 128) for key_block in (64, 128)
+    for order in ("raster", "permuted")
+} | {
+    f"hopper-{TYPES[dtype]}-{head_dim}-{tiles}": HopperCase(dtype, head_dim, order=tiles)
+    for dtype in (torch.bfloat16, torch.float16) for head_dim in (64, 128) for tiles in ("tiles", "tiles-ragged")
+} | {
+    "hopper-bf16-tiles-no-text": HopperCase(order="tiles", text=0),
+    "hopper-bf16-tiles-key-mask": HopperCase(order="tiles", key_mask=True),
+    "hopper-bf16-tiles-everything": HopperCase(order="tiles", coordinates=3, always=True, key_mask=True),
+    "hopper-bf16-96": HopperCase(head_dim=96),
+    "hopper-bf16-persistent": HopperCase(persistent=True),
+    "hopper-bf16-64-persistent": HopperCase(head_dim=64, persistent=True),
+    "hopper-bf16-key-mask": HopperCase(key_mask=True),
+    "hopper-bf16-key-mask-persistent": HopperCase(key_mask=True, persistent=True),
+    "hopper-bf16-key-mask-permuted": HopperCase(key_mask=True, order="permuted"),
+    "hopper-bf16-window-1": HopperCase(coordinates=1),
+    "hopper-bf16-window-2": HopperCase(coordinates=2),
+    "hopper-bf16-window-3": HopperCase(coordinates=3),
+    "hopper-bf16-window-3-permuted": HopperCase(coordinates=3, order="permuted"),
+    "hopper-bf16-window-1-always": HopperCase(coordinates=1, always=True, order="permuted"),
+    "hopper-bf16-window-2-key-mask": HopperCase(coordinates=2, key_mask=True),
+    "hopper-bf16-everything": HopperCase(coordinates=3, always=True, key_mask=True, order="permuted"),
+    "hopper-fp16-everything-raster": HopperCase(torch.float16, coordinates=3, always=True, key_mask=True),
+    "hopper-bf16-64-window-3": HopperCase(head_dim=64, coordinates=3),
+    "hopper-bf16-blocks-128x64-everything": HopperCase(key_block=64, coordinates=3, always=True, key_mask=True),
+}
+
+
+@dataclass(frozen=True)
 class Figures:
     """What the assembler made of a case."""
 
@@ -76,6 +141,7 @@ class Figures:
     spills: int
     shared: int
     wgmma: int
+    waits: int
     bulk_copies: int
 
 
@@ -110,6 +176,72 @@ def compile_case(case: Case) -> Figures:
     return read_figures(compiled.asm["cubin"], compiled.metadata.shared)
 
 
+class _Sm90:
+    """Stands for a Hopper GPU's driver: enough for triton to specialise and compile a call, not to launch it."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+
+def hopper_call(case: HopperCase) -> tuple[list[Any], dict[str, Any]]:
+    """What the launcher hands the kernel for a small call of this kind, on CPU tensors."""
+    heads = 3
+    grid = TokenGrid(*((8, 8, 16) if case.order == "tiles" else (7, 9, 17)), text=case.text,
+                     text_at="back" if case.text else "none")
+    tokens, tile = grid.tokens, (4, 4, 8)
+    query, key, value = (torch.zeros(1, tokens, heads, case.head_dim, dtype=case.dtype) for _ in range(3))
+    positions, lengths = order.tile(grid, tile)
+    made = {
+        "raster": lambda size: BlockLayout.raster(tokens, size),
+        "permuted": lambda size: BlockLayout.from_order(torch.arange(tokens).flip(0), size),
+    }.get(case.order, lambda size: order.layout(grid, positions, size, lengths=lengths, tile_shape=tile))
+    layouts = [made(size) for size in (128, case.key_block)]
+    window = None
+    if case.coordinates:
+        place = torch.arange(tokens).expand(case.coordinates, -1)
+        always = torch.zeros(tokens, dtype=torch.bool) if case.always else None
+        window = TokenWindow.from_tokens(place, place - 5, place + 5, *layouts, always=always)
+    keep = torch.ones(1, heads, layouts[0].blocks, layouts[1].blocks, dtype=torch.bool)
+    mask = BlockMask.from_dense(keep, *layouts, partial=keep, window=window)
+    blocks = Blocks.from_mask(mask, torch.ones(1, tokens, dtype=torch.bool) if case.key_mask else None)
+    gather, hopper.gather_slots = hopper.gather_slots, _gather
+    try:
+        calls = hopper.launches(query, key, value, blocks, 0.1, torch.empty_like(query),
+                                torch.empty(1, heads, tokens), case.persistent)
+        arguments, constants, _ = next(calls)
+    finally:
+        hopper.gather_slots = gather
+    if (constants["TILE"] is not None) != case.order.startswith("tiles"):
+        raise AssertionError(f"the launcher took TILE={constants['TILE']} for a layout in {case.order} order")
+    return arguments, constants
+
+
+def _gather(key: torch.Tensor, value: torch.Tensor, index: torch.Tensor, slots: int) -> tuple[torch.Tensor, ...]:
+    """`portable.gather_slots` as far as shapes and strides go: that kernel does not run without a GPU."""
+    return tuple(x.new_zeros(x.shape[0], x.shape[2], slots, x.shape[3]).transpose(1, 2) for x in (key, value))
+
+
+def compile_hopper(case: HopperCase) -> Figures:
+    """Compiles the Hopper kernel as the launcher would, pointer alignments and fixed strides included."""
+    arguments, constants = hopper_call(case)
+    triton.runtime.driver.set_active(_Sm90())
+    compiled = hopper_kernel.attention_kernel.run(*arguments, grid=(1,), warmup=True, **constants, num_warps=4,
+                                                  maxnreg=hopper_kernel.MAX_REGISTERS)
+    return read_figures(compiled.asm["cubin"], compiled.metadata.shared)
+
+
+def hopper_problem(case: HopperCase, figures: Figures) -> str:
+    """What is wrong with the machine code of a case, "" when it is as it must be."""
+    wanted = dict(spills=0, stack=0, wgmma=case.wgmma, waits=HOPPER_WAITS)
+    return ", ".join(f"{name} must be {value}" for name, value in wanted.items() if getattr(figures, name) != value)
+
+
 def read_figures(cubin: bytes, shared: int) -> Figures:
     """Registers, stack and spills from the tools that come with triton."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -122,24 +254,32 @@ def read_figures(cubin: bytes, shared: int) -> Figures:
         return len(re.findall(rf"\b{word}\b", code))
 
     registers, stack = (int(re.findall(rf"{word}:(\d+)", usage)[-1]) for word in ("REG", "STACK"))
-    return Figures(registers, stack, count("STL") + count("LDL"), shared, count("HGMMA"), count("UTMALDG"))
+    return Figures(registers, stack, count("STL") + count("LDL"), shared, count("HGMMA"),
+                   count("WARPGROUP.DEPBAR"), count("UTMALDG"))
 
 
 def main() -> int:
     """Compiles the cases asked for and prints a table; 1 when one fails or spills."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
+    every: dict[str, Case | HopperCase] = {**CASES, **HOPPER_CASES}
+    parser.add_argument("--cases", nargs="*", choices=list(every), default=list(every))
     bad = 0
     print(f"triton {triton.__version__}, target sm_90")
     for name in parser.parse_args().cases:
+        case = every[name]
         try:
-            figures = compile_case(CASES[name])
+            figures = compile_case(case) if isinstance(case, Case) else compile_hopper(case)
         except Exception as error:
             bad += 1
             print(f"{name}: failed: {type(error).__name__}: {error}", flush=True)
             continue
-        bad += figures.spills > CASES[name].spills
-        print(f"{name}: " + ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(figures).items()), flush=True)
+        if isinstance(case, Case):
+            problem = f"spills must be at most {case.spills}" if figures.spills > case.spills else ""
+        else:
+            problem = hopper_problem(case, figures)
+        bad += bool(problem)
+        text = ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(figures).items())
+        print(f"{name}: {text}" + (f": {problem}" if problem else ""), flush=True)
     return int(bad > 0)
 
 

@@ -70,7 +70,7 @@ def test_density_one_equals_dense() -> None:
 
 @pytest.mark.parametrize("change, words", [
     (dict(scale=0.0), "scale=0.0 is not allowed"),
-    (dict(backend="cuda"), "backend='cuda' is unknown; use one of triton, cpu"),
+    (dict(backend="cuda"), "backend='cuda' is unknown; use one of hopper, triton, cpu"),
     (dict(backend="triton"), "backend='triton' cannot run this call: "),
     (dict(key_mask=torch.ones(1, 5, dtype=torch.bool)), "key_mask is torch.bool"),
     (dict(key=torch.randn(1, 100, 2, 64)), "do not fit query"),

@@ -1,4 +1,4 @@
-"""Compiles the portable kernel for Hopper without a GPU: nothing may spill to memory."""
+"""Compiles the kernels for Hopper without a GPU: nothing may spill, and matrix products must stay overlapped."""
 
 import importlib.util
 import pathlib
@@ -18,3 +18,13 @@ ASSEMBLER = pathlib.Path(TRITON.origin).parent / "backends/nvidia/bin/ptxas" if 
 def test_portable_kernel_compiles_for_hopper_without_spills(case: str) -> None:
     done = subprocess.run([sys.executable, str(SCRIPT), "--cases", case], capture_output=True, text=True)
     assert done.returncode == 0 and "spills 0" in done.stdout, done.stdout + done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(ASSEMBLER is None or not ASSEMBLER.exists(), reason="needs triton with NVIDIA's assembler")
+def test_hopper_kernel_compiles_without_spills_and_with_overlapped_products() -> None:
+    """One variant of each kind of order; `python tests/kernels/offline_compile.py` compiles all of them."""
+    cases = ["hopper-bf16-128-128-raster", "hopper-bf16-everything", "hopper-fp16-64-tiles-ragged"]
+    done = subprocess.run([sys.executable, str(SCRIPT), "--cases", *cases], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert done.stdout.count("spills 0") == done.stdout.count("waits 12") == len(cases), done.stdout
