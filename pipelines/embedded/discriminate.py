@@ -27,9 +27,9 @@ from . import drawing, evaluate, sampling, train, whole, world
 
 @contextmanager
 def attention(replacement):
-    """Let ``replacement(q, k, v, layer, scale)`` compute the self-attention of every Wan transformer.
+    """Let ``replacement(q, k, v, call)`` compute the self-attention of every Wan transformer.
 
-    q, k and v are (B, S, H, D); `layer` counts self-attention calls from 0. Cross-attention is left alone.
+    q, k and v are (B, S, H, D); `call` counts self-attention calls from 0. Cross-attention is left alone.
     """
     from diffusers.models.transformers import transformer_wan
 
@@ -230,6 +230,8 @@ def main() -> None:
     parser.add_argument("--dense-share", type=float, nargs="+", default=[0.0, 0.2], help="of the first steps")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a = parser.parse_args()
+    if not 0 < a.density <= 1 or not all(0 <= share < 1 for share in a.dense_share) or a.clips < 1:
+        parser.error("use --density in (0, 1], --dense-share in [0, 1) and --clips of at least 1")
     parts = evaluate.load_folder(a.folder, a.device) if a.folder else train.load_parts(a.state, a.device)
     run = evaluate.Evaluation(parts, a.out, time.time() + 600)
     spec = evaluate.held_out_specs(a.clips, run.device, seed=21)

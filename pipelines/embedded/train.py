@@ -35,7 +35,14 @@ class Run:
         self.path.mkdir(parents=True, exist_ok=True)
         tensors, self.facts = state.load(self.path, self.device)
         self.facts.setdefault("spent", {})
-        if arguments.again:
+        if any(name.startswith("average.text_encoder.") for name in tensors):
+            raise SystemExit(
+                f"{self.path} was trained together with its text encoder, by an earlier version of this "
+                "program; export it, and go on with --start and a new --state"
+            )
+        if arguments.again == "words":
+            self.facts.pop("words_done", None)
+        elif arguments.again:
             self.facts["spent"].pop(arguments.again, None)
         self.facts["calls"] = self.facts.get("calls", 0) + 1
         torch.manual_seed(1000 * self.facts["calls"] + arguments.seed)
@@ -50,6 +57,7 @@ class Run:
         if "norm" in self.facts:
             self.vae.register_to_config(**self.facts["norm"])
         self.average = state.take(tensors, "average")
+        self.begun = bool(state.take(tensors, "transformer"))  # the transformer is more than its random start
         if arguments.start and not tensors:
             self._start(Path(arguments.start))
 
@@ -62,6 +70,7 @@ class Run:
         norm = {name: config[name] for name in ("latents_mean", "latents_std")}
         self.vae.register_to_config(**norm)
         self.facts.update(vae_done=True, norm=norm)
+        self.begun = True
 
     def log(self, record: dict) -> None:
         """Print a record and append it to the state's log.jsonl."""
@@ -76,8 +85,10 @@ class Run:
         if self.facts.get("words_done"):
             tensors |= state.put("text_encoder", self.text_encoder)
         if optimiser is not None:
+            self.begun, self.average = True, optimiser.averaged()
+        if self.begun:
             tensors |= state.put("transformer", self.transformer)
-            tensors |= {"average." + name: value.bfloat16() for name, value in optimiser.averaged().items()}
+        tensors |= {"average." + name: value.bfloat16() for name, value in self.average.items()}
         state.save(self.path, tensors, self.facts)
         if self.arguments.out:
             state.copy(self.path, self.arguments.out)
@@ -114,10 +125,16 @@ class Run:
         self.facts["spent"]["vae_more"] = a.vae_more
 
     def train_words(self) -> None:
-        """The text encoder, once."""
-        if not self.facts.get("words_done"):
-            train_words.train(self.text_encoder, self.arguments.words_seconds, self.log)
-            self.facts["words_done"] = True
+        """The text encoder, once and from nothing; a call that is too short for it leaves it to the next one."""
+        seconds = self.arguments.words_seconds
+        if self.facts.get("words_done"):
+            return
+        if time.time() + seconds > self.until:
+            raise SystemExit(f"too little time is left for the text encoder ({seconds:g} s): call again")
+        self.text_encoder = model.build_text_encoder().to(self.device)
+        train_words.train(self.text_encoder, seconds, self.log)
+        self.facts["words_done"] = True
+        self.save()
 
     def train_transformer(self) -> None:
         """The stages that are not done yet, as far as the time goes."""
@@ -199,7 +216,9 @@ def load_parts(path: Path | str, device: torch.device | str = "cpu", shipped: bo
     vae.load_state_dict(state.take(tensors, "vae"))
     vae.register_to_config(**facts["norm"])
     transformer.load_state_dict(state.take(average, "transformer"))
-    text_encoder.load_state_dict(state.take(tensors, "text_encoder"), strict=False)
+    # States of earlier versions hold an average of the text encoder too: it was trained with the transformer.
+    words = state.take(average, "text_encoder") or state.take(tensors, "text_encoder")
+    text_encoder.load_state_dict(words, strict=False)
     parts = [part.to(device).eval() for part in (vae, text_encoder, transformer)]
     if shipped:
         for part in parts:
@@ -236,7 +255,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--attention", default="", help="flash or cudnn: leave PyTorch no other choice")
     parser.add_argument("--compile", type=int, default=int(torch.cuda.is_available()))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.words_seconds <= 0:
+        parser.error(f"--words-seconds {arguments.words_seconds:g} is not allowed; use a number above 0")
+    return arguments
 
 
 def fast_settings(attention: str = "") -> None:
