@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import os
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ __all__ = ["KERNELS_BY_DEFAULT", "Rule", "kernel_reasons", "listed_mass", "lists
 # Until then, and to switch them off afterwards: DIT_SPARSE_ROUTING=1 or 0.
 KERNELS_BY_DEFAULT = False
 
+_ON, _OFF = ("1", "true", "on"), ("0", "false", "off")
 _MAX_HEAD_DIM = 128
 _MAX_KEY_BLOCKS = 8192  # a row of scores lies in the registers of one program
 
@@ -52,7 +54,7 @@ def kernel_reasons(x: Tensor, key_blocks: int = 0) -> list[str]:
         x: (B, L, H, D).
         key_blocks: number of key blocks.
     """
-    interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
+    interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in _ON
     reasons = [missing] if (missing := _missing(interpreted)) else []
     if not interpreted and x.device.type != "cuda":
         reasons.append(f"the tensors are on {x.device.type}, it needs a GPU")
@@ -67,21 +69,24 @@ def kernel_reasons(x: Tensor, key_blocks: int = 0) -> list[str]:
     return reasons
 
 
-def _use_kernels(x: Tensor, key_blocks: int, kernels: bool | None, *, also: str = "") -> bool:
+def _use_kernels(x: Tensor, key_blocks: int, kernels: bool | None, *others: Tensor, also: str = "") -> bool:
     """Whether this call takes the kernels.
 
     Args:
         x, key_blocks: as in `kernel_reasons`.
         kernels: True: yes, or ValueError; False: no; None: on a GPU, if they are switched on and can.
+        others: more activations that they must be able to take.
         also: one more reason why they cannot.
     """
     if kernels is None:
-        wanted = os.environ.get("DIT_SPARSE_ROUTING", "")
-        if x.device.type != "cuda" or wanted == "0" or not (KERNELS_BY_DEFAULT or wanted == "1"):
+        wanted = os.environ.get("DIT_SPARSE_ROUTING", "").strip().lower()
+        on = wanted in _ON or (KERNELS_BY_DEFAULT and wanted not in _OFF)
+        if x.device.type != "cuda" or not on:
             return False
     elif not kernels:
         return False
-    reasons = kernel_reasons(x, key_blocks) + ([also] if also else [])
+    found = [reason for y in (x, *others) for reason in kernel_reasons(y, key_blocks)] + ([also] if also else [])
+    reasons = list(dict.fromkeys(found))
     if reasons and kernels:
         raise ValueError(f"kernels=True: the routing kernels cannot run this call: {'; '.join(reasons)}")
     if reasons:
@@ -89,8 +94,55 @@ def _use_kernels(x: Tensor, key_blocks: int, kernels: bool | None, *, also: str 
     return not reasons
 
 
-def _check(rule: Rule, query_layout: BlockLayout, key_layout: BlockLayout) -> None:
-    """Raise ValueError when a rule does not fit the blocks."""
+# The kernels trust these shapes: without the checks they would read foreign memory.
+
+
+def _check_shape(name: str, x: Tensor, *allowed: Sequence[int], dtypes: Sequence[torch.dtype] = ()) -> None:
+    """Raise ValueError unless the tensor has one of the shapes, and one of the dtypes if any are named."""
+    if tuple(x.shape) not in {tuple(shape) for shape in allowed} or (dtypes and x.dtype not in dtypes):
+        kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        shapes = " or ".join(dict.fromkeys(str(tuple(shape)) for shape in allowed))
+        raise ValueError(f"{name} is {x.dtype} {tuple(x.shape)}; use {kinds}{' ' * bool(kinds)}{shapes}")
+
+
+def _check_pair(name: str, query: Tensor, key: Tensor) -> None:
+    """Raise ValueError unless batch, heads and head dim of (B, L, H, D) activations are the same."""
+    same = query.dim() == key.dim() == 4 and all(query.shape[i] == key.shape[i] for i in (0, 2, 3))
+    if not same:
+        raise ValueError(f"{name}: query is {tuple(query.shape)}, key {tuple(key.shape)}; use (B, Lq, H, D) and "
+                         "(B, Lk, H, D)")
+
+
+def _check_mask(name: str, mask: Tensor | None, batch: int, tokens: int) -> Tensor | None:
+    """The mask as (B, L), or ValueError."""
+    if mask is None:
+        return None
+    _check_shape(name, mask, (batch, tokens), (1, tokens), dtypes=(torch.bool,))
+    return mask.expand(batch, tokens)
+
+
+def _check_layout(name: str, layout: BlockLayout, x: Tensor) -> None:
+    """Raise ValueError when activations (B, L, H, D) do not sit in the layout."""
+    if x.dim() != 4 or x.shape[1] != layout.tokens:
+        raise ValueError(f"{name} is {tuple(x.shape)}, its layout has {layout.tokens} tokens; use (B, L, H, D)")
+    index = _index(layout)
+    if index is not None and (index.shape[0] not in (1, x.shape[0]) or index.shape[1] not in (1, x.shape[2])):
+        raise ValueError(f"{name} is {tuple(x.shape)}, its layout's index {tuple(index.shape)}; use (B|1, H|1, slots)")
+
+
+def _check_rule(rule: Rule, batch: int, heads: int, query_layout: BlockLayout, key_layout: BlockLayout) -> None:
+    """Raise ValueError when a rule does not fit the batch, the heads and the blocks."""
+    nq, nk = query_layout.blocks, key_layout.blocks
+    for name, x, blocks in (("forced_rows", rule.forced_rows, nq), ("forced_columns", rule.forced_columns_map(), nk)):
+        if x is not None:
+            _check_shape(f"Rule: {name}", x, (blocks,), *((b, h, blocks) for b in (1, batch) for h in (1, heads)),
+                         dtypes=(torch.bool,))
+    amount = rule.amount
+    if isinstance(amount, Tensor):
+        fits = amount.dim() <= 4 and all(n in (1, most) for n, most in zip(
+            reversed(amount.shape), (1, nq, heads, batch), strict=False))
+        if not fits:
+            raise ValueError(f"Rule: amount is {tuple(amount.shape)}; it must broadcast to {(batch, heads, nq, 1)}")
     if rule.own and query_layout.blocks != key_layout.blocks:
         raise ValueError("Rule: own=True needs as many query as key blocks, not "
                          f"{query_layout.blocks} and {key_layout.blocks}")
@@ -111,12 +163,12 @@ def pool(x: Tensor, layout: BlockLayout, *, mask: Tensor | None = None, kernels:
     Returns:
         float32 (B, H, n, D).
     """
+    _check_layout("pool: x", layout, x)
+    mask = _check_mask("pool: mask", mask, x.shape[0], x.shape[1])
     if not _use_kernels(x, 0, kernels):
         return scoring.pool(x, layout, mask=mask)
     from .kernels.pooling import pool_triton
 
-    if x.shape[1] != layout.tokens:
-        raise ValueError(f"pool: x has {x.shape[1]} tokens, the layout {layout.tokens}")
     return pool_triton(x, _index(layout), layout.block_size, layout.blocks, mask)
 
 
@@ -149,8 +201,12 @@ def route(
         The mask: lists in rising order, whole blocks first, short ones after. Both paths give the same mask
         unless two scores, or a score and the threshold, lie within rounding of each other (1e-6 of the scores).
     """
-    _check(rule, query_layout, key_layout)
-    if _use_kernels(query, key_layout.blocks, kernels):
+    _check_pair("route", query, key)
+    for name, x, layout in (("query", query, query_layout), ("key", key, key_layout)):
+        _check_layout(f"route: {name}", layout, x)
+    key_mask = _check_mask("route: key_mask", key_mask, key.shape[0], key.shape[1])
+    _check_rule(rule, query.shape[0], query.shape[2], query_layout, key_layout)
+    if _use_kernels(query, key_layout.blocks, kernels, key):
         from .kernels.routing import route_triton
 
         block_query = pool(query, query_layout, kernels=True)
@@ -178,13 +234,14 @@ def lists_of_scores(
     """The mask that a rule makes of scores that are there already; both paths give exactly the same without softmax.
 
     Args:
-        scores: float32 (B, H, nq, nk).
+        scores: (B, H, nq, nk), in half precision turned into float32 first.
         query_layout, key_layout, rule, max_width, kernels: as in `route`.
     """
-    _check(rule, query_layout, key_layout)
-    if tuple(scores.shape[2:]) != (query_layout.blocks, key_layout.blocks):
+    if scores.dim() != 4 or tuple(scores.shape[2:]) != (query_layout.blocks, key_layout.blocks):
         raise ValueError(f"lists_of_scores: scores is {tuple(scores.shape)}; use (B, H, {query_layout.blocks}, "
                          f"{key_layout.blocks})")
+    _check_rule(rule, scores.shape[0], scores.shape[1], query_layout, key_layout)
+    scores = scores.to(torch.float32) if scores.dtype in (torch.float16, torch.bfloat16) else scores
     if not _use_kernels(scores[..., :0], key_layout.blocks, kernels):
         return BlockMask.from_dense(rule.keep(scores), query_layout, key_layout, max_width=max_width)
     from .kernels.routing import select_triton
@@ -215,7 +272,8 @@ def row_errors(
     """How far masked attention is from dense attention, on a few query rows: `scoring.row_errors`, or its kernel.
 
     Args:
-        query, key, value, rows, allowed, scale, key_mask: as in `scoring.row_errors`.
+        query, key, value, rows, allowed, scale, key_mask: as in `scoring.row_errors`. That rows lie in 0 ... Lq - 1
+            is not checked on a device, which would have to wait: others read foreign memory.
         kernels: as in `route`. The kernel's softmax is float32 throughout, so in half precision its numbers are
             nearer to the true ones, and a head whose two errors nearly agree may choose the other candidate.
 
@@ -223,10 +281,21 @@ def row_errors(
         float32 (B, H, K).
     """
     wide = f"value head dim {value.shape[-1]} is above {_MAX_HEAD_DIM}" if value.shape[-1] > _MAX_HEAD_DIM else ""
+    _check_pair("row_errors", query, key)
+    if value.dim() != 4 or value.shape[:3] != key.shape[:3] or len({query.dtype, key.dtype, value.dtype}) > 1:
+        raise ValueError(f"row_errors: value is {value.dtype} {tuple(value.shape)}, query {query.dtype}, key "
+                         f"{key.dtype} {tuple(key.shape)}; use one dtype and (B, Lk, H, Dv)")
+    if rows.dim() != 1 or rows.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"row_errors: rows is {rows.dtype} {tuple(rows.shape)}; use int64 (R,)")
+    _check_shape("row_errors: allowed", allowed, (max(1, allowed.shape[0]), rows.shape[0], key.shape[1]),
+                 dtypes=(torch.bool,))
+    key_mask = _check_mask("row_errors: key_mask", key_mask, key.shape[0], key.shape[1])
     if not _use_kernels(query, 0, kernels, also=wide):
         return scoring.row_errors(query, key, value, rows, allowed, scale, key_mask)
     from .kernels.sampling import row_errors_triton
 
+    if rows.device.type == "cpu" and rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < query.shape[1]:
+        raise ValueError(f"row_errors: rows must lie in 0 ... {query.shape[1] - 1}")
     return row_errors_triton(query, key, value, rows, allowed, scale, key_mask)
 
 
@@ -260,7 +329,16 @@ def listed_mass(
     """
     sizes = (mask.query.block_size, mask.key.block_size)
     odd = "" if set(sizes) <= {16, 32, 64, 128} else f"block sizes {sizes} are not among 16, 32, 64, 128"
-    if not _use_kernels(query, 0, kernels, also=odd):
+    _check_pair("listed_mass", query, key)
+    for name, x, layout in (("query", query, mask.query), ("key", key, mask.key)):
+        _check_layout(f"listed_mass: {name}", layout, x)
+    B, Lq, H, _ = query.shape
+    _check_shape("listed_mass: lse", lse, (B, H, Lq), dtypes=(torch.float32, torch.float64))
+    lists = mask.lists
+    _check_shape("listed_mass: mask.lists", lists, *((b, h, *lists.shape[2:]) for b in (1, B) for h in (1, H)))
+    key_mask = _check_mask("listed_mass: key_mask", key_mask, B, key.shape[1])
+    mixed = "" if query.dtype == key.dtype else f"query is {query.dtype}, key {key.dtype}"
+    if not _use_kernels(query, 0, kernels, key, also="; ".join(filter(None, (odd, mixed)))):
         return scoring.listed_mass(query, key, lse, mask, scale, key_mask=key_mask, per_row=per_row)
     from .kernels.blocks import Blocks
     from .kernels.mass import listed_mass_triton

@@ -185,30 +185,33 @@ def row_errors(
         key_mask: bool (B, L), True where the key is a real token, or None.
 
     Returns:
-        float32 (B, H, K), mean squared difference over rows and channels.
+        float32 (B, H, K), mean squared difference over rows and channels; the output of a row without a key is 0.
     """
     batch, tokens, heads, _ = query.shape
     sampled = query[:, rows] * scale
+    lowest = torch.finfo(query.dtype).min
     found = []
     for b in range(batch):
         parts = []
         for chunk in head_chunks(heads, 4 * len(rows) * tokens):
             # [h, R, D] x [h, D, L]; strided views of one batch element, so that nothing is copied
-            weights = sampled[b, :, chunk].transpose(0, 1) @ key[b, :, chunk].permute(1, 2, 0)
-            if key_mask is not None:
-                weights.masked_fill_(~key_mask[b], float("-inf"))
-            weights = (weights - weights.amax(-1, keepdim=True)).exp_()
+            logits = sampled[b, :, chunk].transpose(0, 1) @ key[b, :, chunk].permute(1, 2, 0)
             values = value[b, :, chunk].transpose(0, 1)
+            if key_mask is not None:
+                logits.masked_fill_(~key_mask[b], float("-inf"))
+                values = values.masked_fill(~key_mask[b, :, None], 0)  # 0 x NaN would be NaN
+
+            # A row without a key: exp(-inf) = 0
+            weights = (logits - logits.amax(-1, keepdim=True).clamp_(min=lowest)).exp_()
 
             def output(part: Tensor, values: Tensor = values) -> Tensor:
                 # A candidate may lie so far below the row's maximum that nothing of it is left: output 0.
-                mass = part.sum(-1, keepdim=True, dtype=torch.float32).clamp(min=1e-30)
+                mass = part.sum(-1, keepdim=True, dtype=torch.float32).clamp_(min=1e-30)
                 return (part @ values).to(torch.float32) / mass
 
             dense = output(weights)
-            parts.append(
-                torch.stack([(output(weights * m) - dense).square().mean((1, 2)) for m in allowed], dim=-1)
-            )
+            errors = [(output(weights * m) - dense).square().mean((1, 2)) for m in allowed]
+            parts.append(torch.stack(errors, dim=-1))
         found.append(torch.cat(parts))
     return torch.stack(found)
 

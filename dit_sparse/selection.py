@@ -18,6 +18,7 @@ from torch import Tensor
 from .blocklayout import BlockLayout
 from .grid import TokenGrid
 
+_MOST = 2**31 - 1
 _SHARE_UNIT = 2**40  # a share of 1 as a whole number: a power of two, so that scaling does not round
 
 
@@ -51,11 +52,20 @@ def select_top_k(scores: Tensor, k: int | Tensor) -> Tensor:
     return keep.scatter_(-1, place[..., : max(1, k)], True)
 
 
+def _share_limit(p: float | Tensor) -> int | Tensor:
+    """A share as a whole number, 2**62 from 1 on: shares may add up to a hair more, and nothing may be dropped."""
+    if not isinstance(p, Tensor):
+        return 2**62 if p >= 1 else int(p * _SHARE_UNIT)
+    p = p if p.dtype == torch.float64 else p.to(torch.float32)  # half precision cannot hold 2^40
+    return torch.where(p >= 1, 2**62, (p.nan_to_num(-1).clamp(-1, 1) * _SHARE_UNIT).to(torch.int64))
+
+
 def select_top_p(scores: Tensor, p: float | Tensor, *, least: int = 1) -> Tensor:
     """The fewest blocks of every row whose shares exceed p: a block is kept while those before it hold at most p.
 
     Args:
-        scores: (..., nq, nk), shares of the row that add up to 1 (a softmax).
+        scores: (..., nq, nk), shares of the row that add up to 1 (a softmax). Other numbers are not refused, which
+            would wait for the device: they count as the nearest of 0 ... 1, and NaN, which ranks first, as 0.
         p: share to hold; a float, or a tensor that broadcasts to (..., nq, 1). p >= 1 keeps everything.
         least: blocks that are kept in any case, best first.
 
@@ -64,11 +74,9 @@ def select_top_p(scores: Tensor, p: float | Tensor, *, least: int = 1) -> Tensor
     """
     value, place = _ranked(scores)
     # Sums of whole numbers are exact, whatever order a device adds them in.
-    share = (value.to(torch.float32) * _SHARE_UNIT).to(torch.int64)
+    share = (value.to(torch.float32).nan_to_num(0).clamp_(0, 1) * _SHARE_UNIT).to(torch.int64)
     before = share.cumsum(-1) - share
-    limit = (p * _SHARE_UNIT).to(torch.int64) if isinstance(p, Tensor) else int(min(p, 1) * _SHARE_UNIT)
-    # Shares may add up to a hair more than 1: p >= 1 must not drop the tail.
-    taken = (before <= limit) | (p >= 1)
+    taken = before <= _share_limit(p)
     taken[..., : max(1, least)] = True
     return torch.zeros_like(taken).scatter_(-1, place, taken)
 
@@ -206,6 +214,10 @@ class Rule:
         whole = not amount.is_floating_point() if isinstance(amount, Tensor) else isinstance(amount, int)
         if self.kind == "top_k" and not whole:
             raise ValueError(f"Rule: amount={amount!r} is not allowed with top_k; use whole numbers")
+        for name in ("rows", "columns", "forced_columns"):
+            part = getattr(self, name)
+            if isinstance(part, slice) and part.step not in (None, 1):
+                raise ValueError(f"Rule: {name}={part} has a step; use a range without one")
 
     def keep(self, scores: Tensor) -> Tensor:
         """bool (B, H, nq, nk): the pairs of blocks that are kept, in plain PyTorch; scores are (B, H, nq, nk)."""
@@ -239,13 +251,14 @@ class Rule:
                                    forced_columns=part(self.forced_columns, 3))
 
     def limit(self) -> int | float | Tensor:
-        """The amount as kernels take it: k or the threshold as it is, a share as a whole number."""
+        """The amount as kernels take it: k that 32 bits hold, the threshold as it is, a share as a whole number."""
         amount = self.amount
         if self.kind == "top_p":
-            if isinstance(amount, Tensor):
-                return torch.where(amount >= 1, 2**62, (amount * _SHARE_UNIT).to(torch.int64))
-            return 2**62 if amount >= 1 else int(amount * _SHARE_UNIT)
-        return amount if isinstance(amount, Tensor) or self.kind == "top_k" else float(amount)
+            return _share_limit(amount)
+        if self.kind == "top_k":
+            whole = amount.to(torch.int64) if isinstance(amount, Tensor) else int(amount)
+            return whole.clamp(1, _MOST) if isinstance(whole, Tensor) else min(max(1, whole), _MOST)
+        return amount if isinstance(amount, Tensor) else float(amount)
 
     def row_range(self, blocks: int) -> tuple[int, int]:
         """First and end of the query blocks that choose."""

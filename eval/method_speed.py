@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dit_sparse.eval.speed import DTYPES, environment, median_ms
+from dit_sparse.eval.speed import DTYPES, environment, median_ms, misuse
 from dit_sparse.grid import TokenGrid
 from dit_sparse.kernels.attention import block_sparse_attention, dense_attention
 from dit_sparse.memory import Memory
@@ -67,7 +67,8 @@ def bench_methods(grid: TokenGrid, heads: int, head_dim: int, *, density: float 
         call = Call(query, key, value, grid, scale, cached=memory.static, generator=generator)
         plan_ms = median_ms(lambda m=method, c=call: m.plan(c), device, seconds=seconds)  # type: ignore[misc]
         mask = method.plan(call).mask
-        if mask is None:
+        if mask is None:  # the method's own choice is dense here: its row says so
+            rows.append(MethodRow(name, "dense", 1.0, plan_ms, dense, dense / (plan_ms + dense)))
             continue
         used: list[str] = []
 
@@ -93,7 +94,14 @@ def main() -> None:
     parser.add_argument("--method", action="append", dest="names")
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args()
-    grid = TokenGrid.parse(options.grid, text=options.text, text_at=options.text_at)
+    if why := misuse(options.device, [options.density], options.names):
+        parser.error(why)
+    try:
+        grid = TokenGrid.parse(options.grid, text=options.text, text_at=options.text_at)
+    except ValueError as error:
+        parser.error(str(error))
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
     rows = bench_methods(grid, options.heads, options.head_dim, density=options.density, dtype=options.dtype,
                          device=options.device, names=options.names)
     where = environment(options.device)

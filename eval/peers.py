@@ -34,6 +34,11 @@ class Peer:
     prepare: Callable[[Tensor, Tensor, Tensor, Tensor, int], Callable[[], Tensor]]
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
     return [x.transpose(1, 2).contiguous() for x in tensors]
 
@@ -52,7 +57,7 @@ def _needs_flash4(device: str, dtype: torch.dtype) -> str:
     try:
         from flash_attn.cute import interface  # type: ignore[import-not-found]  # noqa: F401
     except Exception as error:
-        return f"flash-attn-4 cannot be imported: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        return f"flash-attn-4 cannot be imported: {first_line(error)}"
     return ""
 
 
@@ -90,12 +95,14 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, block: int) -
 
     q, k, v = _heads_first(query, key, value)
     mask = flex_mask(keep, block, q.shape[2], k.shape[2])
-    compiled = _compiled(flex_attention)
+    compiled = _compiled(flex_attention, q.shape, k.shape, q.dtype, block)
     return lambda: compiled(q, k, v, block_mask=mask)
 
 
-@functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+@functools.lru_cache(maxsize=1)
+def _compiled(function: Callable[..., Any], *_shape: Any) -> Callable[..., Any]:
+    """Compiled for one shape: a ninth shape in one cache would meet the recompile limit and be timed uncompiled."""
+    torch._dynamo.reset()
     return torch.compile(function, dynamic=False)
 
 

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from dit_sparse.blockmask import BlockLayout, BlockMask
-from dit_sparse.eval.peers import available
-from dit_sparse.kernels.attention import block_sparse_attention, choose_backend, dense_attention
+from dit_sparse.eval.peers import Peer, available, first_line
+from dit_sparse.kernels.attention import backends, block_sparse_attention, choose_backend, dense_attention
+from dit_sparse.methods import all_methods
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 COLUMNS = ("tokens", "heads", "head dim", "dtype", "blocks", "what", "backend", "density", "median ms", "TFLOP/s",
@@ -137,6 +138,7 @@ def bench_attention(
     seconds: float = 0.4,
     peers: bool = False,
     on_row: Callable[[Row], None] = lambda row: None,
+    on_failure: Callable[[str, str], object] = lambda name, reason: None,
 ) -> list[Row]:
     """Times dense attention, then block-sparse attention at each density.
 
@@ -150,6 +152,7 @@ def bench_attention(
         seconds: of timed calls per row.
         peers: also time the kernels of others that can run here, on the same tensors and the same random lists.
         on_row: called with each row as it is measured.
+        on_failure: called with the name of a kernel of others that raised, and the reason; it has no row.
 
     Returns:
         The rows: dense; per density random lists, the same with permuted tokens, a band; and one mask build.
@@ -167,11 +170,17 @@ def bench_attention(
                         tflops=pairs * density / took / 1e9 if rated else 0.0, speedup=dense / took if rated else 0.0))
         on_row(rows[-1])
 
+    def add_peer(peer: Peer, what: str, density: float, pattern: Tensor) -> None:
+        try:
+            add(what, peer.name, density, peer.prepare(query, key, value, pattern, block_size))
+        except Exception as error:  # whatever the kernel of others trips over, the rest of the table is measured
+            on_failure(peer.name, f"{what} at {tokens} tokens: {first_line(error)}")
+
     others = available(device, DTYPES[dtype])[0] if peers else []
     add("dense", "dense", 1.0, lambda: dense_attention(query, key, value))
     for peer in others:
         if not peer.sparse:
-            add("dense", peer.name, 1.0, peer.prepare(query, key, value, query, block_size))
+            add_peer(peer, "dense", 1.0, query)
     layout = BlockLayout.raster(tokens, block_size, device)
     order = torch.randperm(tokens, generator=torch.Generator().manual_seed(0)).to(device)
     permuted = BlockLayout.from_order(order, block_size)
@@ -185,9 +194,25 @@ def bench_attention(
             add(what, kernel, mask.density().item(), call)
             for peer in others if what == "sparse" else ():
                 if peer.sparse:
-                    add(what, peer.name, mask.density().item(), peer.prepare(query, key, value, pattern, block_size))
+                    add_peer(peer, what, mask.density().item(), pattern)
     add("build mask", "torch", densities[-1], lambda: BlockMask.from_dense(keep, layout, layout), rated=False)
     return rows
+
+
+def misuse(device: str, densities: Iterable[float], methods: Iterable[str] | None = None,
+           backend: str | None = None) -> str:
+    """Why options cannot be measured, in one line, "" when they can: told before minutes are spent."""
+    try:
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError):
+        return f"--device {device} is not there; use cpu"
+    if wrong := [density for density in densities if not 0 < density <= 1]:
+        return f"--density {wrong[0]} is not allowed; use numbers in (0, 1]"
+    known = sorted(name for name in all_methods() if name != "dense")  # dense leads every table
+    if unknown := [name for name in methods or () if name not in known]:
+        return f"--method {unknown[0]!r} is not allowed; use one of {', '.join(known)}"
+    names = [each.name for each in backends()]
+    return "" if backend in (None, *names) else f"--backend {backend!r} is unknown; use one of {', '.join(names)}"
 
 
 def table(rows: Iterable[Sequence[str]], header: Sequence[str] = COLUMNS) -> str:
@@ -215,27 +240,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--peers", action="store_true", help="time the kernels of others too, where they can run")
     parser.add_argument("--json", type=pathlib.Path, help="also write the rows to this file")
     options = parser.parse_args(argv)
-    if any(not 0 < density <= 1 for density in options.density):
-        parser.error(f"--density {options.density} is not allowed; use numbers in (0, 1]")
+    if why := misuse(options.device, options.density, backend=options.backend):
+        parser.error(why)
     gpu = torch.device(options.device).type == "cuda"
-    if gpu and not cuda:
-        parser.error(f"--device {options.device} is not there; use cpu")
     head_dim, heads = options.head_dim or (128 if gpu else 64), options.heads or (12 if gpu else 4)
     dtype, block_size = options.dtype or ("bf16" if gpu else "fp32"), options.block_size or (128 if gpu else 64)
 
     where = environment(options.device)
     print(", ".join(f"{name} {value}" for name, value in where.items()))
     rows: list[Row] = []
+    missing = available(options.device, DTYPES[dtype])[1] if options.peers else {}
     for tokens in options.tokens or [32768 if gpu else 4096]:
         rows += bench_attention(tokens=tokens, heads=heads, head_dim=head_dim, batch=options.batch, dtype=dtype,
                                 block_size=block_size, densities=options.density, device=options.device,
-                                backend=options.backend, seconds=options.seconds, peers=options.peers)
+                                backend=options.backend, seconds=options.seconds, peers=options.peers,
+                                on_failure=missing.setdefault)
     print(table(row.cells() for row in rows))
-    if options.peers:
-        for name, reason in available(options.device, DTYPES[dtype])[1].items():
-            print(f"not measured: {name} ({reason})")
+    for name, reason in missing.items():
+        print(f"not measured: {name} ({reason})")
     if options.json:
-        content = {"environment": where, "rows": [dataclasses.asdict(row) for row in rows]}
+        content = {"environment": where, "rows": [dataclasses.asdict(row) for row in rows], "not_measured": missing}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(content, indent=1) + "\n")
     return 0

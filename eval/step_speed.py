@@ -14,6 +14,7 @@ import contextlib
 import gc
 import json
 import pathlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -21,7 +22,8 @@ from typing import Any
 import torch
 
 import dit_sparse
-from dit_sparse.eval.speed import DTYPES, environment, median_ms, table
+from dit_sparse.eval.peers import first_line
+from dit_sparse.eval.speed import DTYPES, environment, median_ms, misuse, table
 from dit_sparse.methods import all_methods
 
 COLUMNS = ("model", "tokens", "what", "backend", "density", "ms a layer", "rest ms", "step s", "x dense", "GiB")
@@ -53,7 +55,10 @@ class Geometry:
 
 @dataclass(frozen=True)
 class StepRow:
-    """One measured step; `layer_ms` by kind of layer, `step_seconds` scaled to the real number of layers."""
+    """One measured step; `layer_ms` by kind of layer, `step_seconds` scaled to the real number of layers.
+
+    `short`: more layers took no longer than few, so the times were too short to tell what a layer takes.
+    """
 
     model: str
     tokens: int
@@ -66,12 +71,14 @@ class StepRow:
     speedup: float
     peak_gib: float
     fallbacks: dict[str, int]
+    short: bool = False
 
     def cells(self) -> list[str]:
         """The row as printed."""
         layers = " + ".join(f"{ms:.2f}" for ms in self.layer_ms.values())
         return [self.model, str(self.tokens), self.what, self.backend, f"{self.density:.3f}", layers,
-                f"{self.rest_ms:.1f}", f"{self.step_seconds:.3f}", f"{self.speedup:.2f}", f"{self.peak_gib:.2f}"]
+                f"{self.rest_ms:.1f}", f"{self.step_seconds:.3f}" + "?" * self.short,
+                f"{self.speedup:.2f}" + "?" * self.short, f"{self.peak_gib:.2f}"]
 
 
 def _randn(*shape: int, device: str, dtype: torch.dtype) -> torch.Tensor:
@@ -185,7 +192,6 @@ def _time_model(geometry: Geometry, counts: dict[str, int], proc: Any, device: s
     if proc is not None:
         dit_sparse.enable(model, proc)
     if compiled:
-        torch._dynamo.reset()
         model.compile_repeated_blocks(fullgraph=True)  # type: ignore[operator]
     unit = inputs["timestep"] / 999 * (1 if inputs["timestep"].max() > 1 else 0.999)
     calls = [0]
@@ -199,7 +205,7 @@ def _time_model(geometry: Geometry, counts: dict[str, int], proc: Any, device: s
         step()
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)
-        took = median_ms(step, device, seconds=seconds)
+        took = median_ms(step, device, seconds=seconds, least=5)
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if cuda else 0.0
     timed = _Timed(took, peak)
     if proc is not None:
@@ -209,8 +215,10 @@ def _time_model(geometry: Geometry, counts: dict[str, int], proc: Any, device: s
     return timed
 
 
-def _release(device: str) -> None:
-    """Give the memory of the last model back before the next is built."""
+def _release(device: str, compiled: bool) -> None:
+    """Give the memory of the last model back, which its graphs hold too, before the next is built."""
+    if compiled:
+        torch._dynamo.reset()
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
@@ -233,6 +241,9 @@ def bench_step(geometry: Geometry, methods: Sequence[str], *, density: float = 0
 
     Returns:
         The rows, dense first.
+
+    Raises:
+        SparseFallbackError: a method's call could not run sparse: its row would tell of dense attention.
     """
     kinds = list(geometry.kinds)
     base = dict.fromkeys(kinds, FEW)
@@ -240,17 +251,19 @@ def bench_step(geometry: Geometry, methods: Sequence[str], *, density: float = 0
     for name in (None, *methods):
         def timed(counts: dict[str, int], name: str | None = name) -> _Timed:
             proc = None if name is None else _proc(name, density, backend)
-            _release(device)
+            _release(device, compiled)
             return _time_model(geometry, counts, proc, device, DTYPES[dtype], compiled, seconds)
 
         few = timed(base)
         more = {kind: timed(base | {kind: MORE}) for kind in kinds}
         layer = {kind: max(0.0, (more[kind].ms - few.ms) / (MORE - FEW)) for kind in kinds}
-        rest = few.ms - FEW * sum(layer.values())
+        rest = max(0.0, few.ms - FEW * sum(layer.values()))
+        fallbacks: Counter[str] = sum((Counter(m.fallbacks) for m in (few, *more.values())), Counter())
         step = (rest + sum(layer[kind] * geometry.kinds[kind] for kind in kinds)) / 1e3
         rows.append(StepRow(geometry.name, geometry.tokens, name or "dense", few.backend, few.density, layer, rest,
                             step, rows[0].step_seconds / step if rows else 1.0,
-                            max(m.peak for m in more.values()), few.fallbacks))
+                            max(m.peak for m in more.values()), dict(fallbacks),
+                            min(layer.values()) == 0 or (bool(rows) and rows[0].short)))
         on_row(rows[-1])
     return rows
 
@@ -258,7 +271,19 @@ def bench_step(geometry: Geometry, methods: Sequence[str], *, density: float = 0
 def _proc(name: str, density: float, backend: str | None) -> Any:
     takes_density = "density" in getattr(all_methods().get(name), "__dataclass_fields__", {})
     options: dict[str, Any] = {"density": density} if takes_density else {}
-    return dit_sparse.SparseProc(name, dense_steps=0, dense_layers=0, num_steps=LONG_RUN, backend=backend, **options)
+    return dit_sparse.SparseProc(name, dense_steps=0, dense_layers=0, num_steps=LONG_RUN, backend=backend, strict=True,
+                                 **options)
+
+
+def default_models(device: str) -> list[str]:
+    """What is timed where no model is named."""
+    return ["wan-14b-720p" if torch.device(device).type == "cuda" else "tiny"]
+
+
+def needs_gpu(models: Sequence[str], device: str) -> str:
+    """Why a model cannot be timed on the device, in one line, or "": a step would take hours."""
+    large = [name for name in models if name != "tiny"] if torch.device(device).type == "cpu" else []
+    return f"--model {large[0]} needs a GPU; on a CPU use --model tiny" if large else ""
 
 
 def note(rows: Sequence[StepRow]) -> str:
@@ -266,7 +291,8 @@ def note(rows: Sequence[StepRow]) -> str:
     kinds = ", ".join(f"{GEOMETRIES[name].title}: {' + '.join(map(str, GEOMETRIES[name].kinds.values()))} layers"
                       for name in dict.fromkeys(row.model for row in rows) if name in GEOMETRIES)
     return (f"Random weights. Timed with {FEW} and {MORE} layers of each kind and scaled to the model's own ({kinds}); "
-            "plan included, no step or layer kept dense. GiB: peak of the larger timed model, not of the whole one.")
+            "plan included, no step or layer kept dense. GiB: peak of the larger timed model, not of the whole one."
+            + " ?: --seconds is too short to tell a layer's time." * any(row.short for row in rows))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -282,13 +308,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args(argv)
+    why = misuse(options.device, [options.density], options.method, options.backend)
+    models = options.model or ([] if why else default_models(options.device))
+    if why := why or needs_gpu(models, options.device):
+        parser.error(why)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
     where, rows = environment(options.device), []
     print(", ".join(f"{name} {value}" for name, value in where.items()))
-    for name in options.model or ["wan-14b-720p" if torch.device(options.device).type == "cuda" else "tiny"]:
-        rows += bench_step(GEOMETRIES[name], options.method or ["svg", "rainfusion2", "radial"],
-                           density=options.density, device=options.device, dtype=options.dtype,
-                           compiled=not options.eager, backend=options.backend, seconds=options.seconds,
-                           on_row=lambda row: print("  ".join(row.cells()), flush=True))
+    for name in models:
+        try:
+            rows += bench_step(GEOMETRIES[name], options.method or ["svg", "rainfusion2", "radial"],
+                               density=options.density, device=options.device, dtype=options.dtype,
+                               compiled=not options.eager, backend=options.backend, seconds=options.seconds,
+                               on_row=lambda row: print("  ".join(row.cells()), flush=True))
+        except dit_sparse.SparseFallbackError as error:
+            parser.error(first_line(error))
         if options.out:  # after every model: a long run that is cut off keeps what it has
             options.out.write_text(json.dumps({"environment": where, "rows": [asdict(row) for row in rows]}, indent=1))
     print(table((row.cells() for row in rows), COLUMNS))

@@ -59,8 +59,8 @@ def _count_of_share(image, share, limit):
     one = tl.max(tl.where(equal, share, 0), 0)
     ties = tl.sum(equal.to(tl.int32), 0).to(tl.int64)
     fitting = tl.where(one > 0, (limit - held) // tl.maximum(one, 1) + 1, ties)
-    # The lowest int32 marks what takes no part.
-    fitting = tl.where(last == -2147483648, 0, tl.minimum(fitting, ties))
+    # The lowest int32 marks what takes no part; below a share of 0 nothing fits, not even NaN.
+    fitting = tl.where((last == -2147483648) | (limit < 0), 0, tl.minimum(fitting, ties))
     return tl.sum(above.to(tl.int32), 0) + fitting.to(tl.int32)
 
 
@@ -136,7 +136,7 @@ def select_kernel(
         count = tl.maximum(limit, 1).to(tl.int32)
     elif KIND == 1:
         # Sums of whole numbers are exact, whatever order they are added in; 2^40 stands for a share of 1.
-        share = tl.where(ranked & (score == score), score, 0.0) * 1099511627776.0
+        share = tl.where(ranked & (score == score), tl.minimum(tl.maximum(score, 0.0), 1.0), 0.0) * 1099511627776.0
         count = tl.maximum(_count_of_share(image, share.to(tl.int64), limit.to(tl.int64)), LEAST)
     else:
         count = tl.full([], 1, tl.int32)

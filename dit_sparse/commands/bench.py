@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,8 @@ from .console import UserError, print_json, print_table, progress, refusing
 
 MAX_TOKENS = 1_000_000
 Update = Callable[[int, int], None]
-Measured = tuple[list[Any], Sequence[str], str]  # rows, column names, a line below the table
+# Rows, column names, the lines below the table, what --json has beside the rows.
+Measured = tuple[list[Any], Sequence[str], str, dict[str, Any]]
 # Where nothing is said: a size that shows the kernel, in seconds on two cores and in milliseconds on a GPU.
 CPU = {"tokens": 4096, "heads": 4, "head_dim": 64, "dtype": "fp32", "block_size": 64}
 CUDA = {"tokens": 32768, "heads": 12, "head_dim": 128, "dtype": "bf16", "block_size": 128}
@@ -59,10 +61,10 @@ def bench(
     given = {name: value for name, value in options.items() if value is not None}
     measure = {"kernels": _kernels, "routing": _routing, "step": _step}[what]
     with refusing(ValueError, RuntimeError), progress("measuring") as update:
-        rows, columns, notes = measure(given, densities, device, seconds, update)
+        rows, columns, notes, more = measure(given, densities, device, seconds, update)
     where = environment(device)
     if as_json:
-        print_json({"environment": where, "rows": [dataclasses.asdict(row) for row in rows]})
+        print_json({"environment": where, "rows": [dataclasses.asdict(row) for row in rows], **more})
         return
     print(", ".join(f"{name} {value}" for name, value in where.items()))
     print_table(columns, [row.cells() for row in rows])
@@ -87,7 +89,9 @@ def _kernels(
     backend = given.pop("backend", None)
     shape = {name: given.get(name, value) for name, value in defaults.items() if name != "tokens"}
     rows: list[Any] = []
-    peers = available(device, DTYPES[str(shape["dtype"])])[0]
+    _check_memory("--tokens", max(sizes), shape, device)
+    peers, missing = available(device, DTYPES[str(shape["dtype"])])
+    failed: dict[str, str] = {}
     extra = sum(not peer.sparse for peer in peers), sum(peer.sparse for peer in peers)
     expected, done = len(sizes) * (2 + extra[0] + (3 + extra[1]) * len(densities)), itertools.count(1)
     for size in sizes:
@@ -99,13 +103,13 @@ def _kernels(
             seconds=seconds,
             peers=True,
             on_row=lambda _row: update(next(done), expected),
+            on_failure=failed.setdefault,
             **shape,
         )
-    missing = available(device, DTYPES[str(shape["dtype"])])[1]
     notes = ["TFLOP/s count the blocks that are computed; the mask has its own row."]
-    if _cuda(device):
-        notes += [f"Not measured: {name}, {reason}." for name, reason in missing.items()]
-    return rows, COLUMNS, "\n".join(notes)
+    listed = {**missing, **failed} if _cuda(device) else failed  # on a CPU every one of them is missing
+    notes += [f"Not measured: {name}, {reason}." for name, reason in listed.items()]
+    return rows, COLUMNS, "\n".join(notes), {"not_measured": {**missing, **failed}}
 
 
 def _routing(
@@ -117,33 +121,43 @@ def _routing(
     cuda = _cuda(device)
     grid = TokenGrid.parse(given.get("grid") or ("21x45x80" if cuda else "5x16x16"))
     methods = _known_methods(given.get("methods"))
+    shape: dict[str, Any] = {
+        "heads": given.get("heads", 40 if cuda else 4),
+        "head_dim": given.get("head_dim", 128 if cuda else 64),
+        "dtype": given.get("dtype", "bf16" if cuda else "fp32"),
+    }
+    if grid.tokens > MAX_TOKENS:
+        raise UserError(f"--grid {given.get('grid')} has {grid.tokens} tokens; the limit is {MAX_TOKENS}")
+    _check_memory("--grid", grid.tokens, shape, device)
     rows: list[Any] = []
     for done, density in enumerate(densities or [0.2]):
         update(done, len(densities or [0.2]))
         rows += bench_methods(
             grid,
-            given.get("heads", 40 if cuda else 4),
-            given.get("head_dim", 128 if cuda else 64),
             density=density,
-            dtype=given.get("dtype", "bf16" if cuda else "fp32"),
             device=device,
             names=methods,
             seconds=seconds,
+            **shape,
         )
-    return rows, COLUMNS, f"{grid}: random activations; the plan is a method's scores, selection and lists."
+    return rows, COLUMNS, f"{grid}: random activations; the plan is a method's scores, selection and lists.", {}
 
 
 def _step(
     given: dict[str, Any], densities: list[float] | None, device: str, seconds: float, update: Update
 ) -> Measured:
     from ..eval import step_speed
+    from .run import check_backend
 
     cuda = _cuda(device)
-    models = given.get("models") or ["wan-14b-720p" if cuda else "tiny"]
+    models = given.get("models") or step_speed.default_models(device)
     known = step_speed.GEOMETRIES
     if unknown := [name for name in models if name not in known]:
         raise UserError(f"--model {unknown[0]!r} is unknown; use one of {', '.join(known)}")
+    if why := step_speed.needs_gpu(models, device):
+        raise UserError(why)
     methods = _known_methods(given.get("methods")) or ["svg", "rainfusion2", "radial"]
+    check_backend(given.get("backend"), device)
     rows: list[Any] = []
     expected, done = len(models) * len(densities or [0.2]) * (1 + len(methods)), itertools.count(1)
     for name in models:
@@ -159,7 +173,22 @@ def _step(
                 seconds=seconds,
                 on_row=lambda _row: update(next(done), expected),
             )
-    return rows, step_speed.COLUMNS, step_speed.note(rows)
+    return rows, step_speed.COLUMNS, step_speed.note(rows), {}
+
+
+def _check_memory(flag: str, tokens: int, shape: dict[str, Any], device: str) -> None:
+    """Refuse what cannot fit: query, key, value and the output alone, whatever a mask takes beside them."""
+    import torch
+
+    from ..eval.speed import DTYPES
+
+    needed = 4 * tokens * int(shape["heads"]) * int(shape["head_dim"]) * DTYPES[str(shape["dtype"])].itemsize
+    if _cuda(device):
+        there = torch.cuda.mem_get_info(device)[0]
+    else:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else needed
+    if needed > there:
+        raise UserError(f"{flag}: {tokens} tokens need {needed / 2**30:.0f} GiB; {device} has {there / 2**30:.0f} GiB")
 
 
 def _known_methods(names: list[str] | None) -> list[str] | None:
@@ -167,4 +196,6 @@ def _known_methods(names: list[str] | None) -> list[str] | None:
 
     if unknown := [name for name in names or [] if name not in all_methods()]:
         raise UserError(f"--method {unknown[0]!r} is unknown; use one of {', '.join(sorted(all_methods()))}")
+    if "dense" in (names or []):
+        raise UserError("--method dense is not needed: dense leads every table; leave it out")
     return names

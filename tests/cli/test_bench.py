@@ -2,6 +2,8 @@
 
 import pytest
 
+from dit_sparse.eval.peers import Peer
+
 TINY = ["--tokens", "256", "--heads", "1", "--seconds", "0.01", "--device", "cpu"]
 
 
@@ -37,6 +39,35 @@ def test_step(dit_sparse) -> None:
         assert word in done.out, done.out
 
 
+def test_a_step_that_never_ran_sparse_is_refused(dit_sparse, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_args, **_options):
+        raise RuntimeError("no such lane")
+
+    monkeypatch.setattr("dit_sparse.session.block_sparse_attention", broken)
+    words = ["--model", "tiny", "--method", "radial", "--seconds", "0.01", "--device", "cpu"]
+    assert "no such lane" in dit_sparse("bench", "step", *words).refusal()
+
+
+def test_a_kernel_of_others_that_raises_is_listed(dit_sparse, monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(*_args):
+        def call():
+            raise TypeError("wrong layout\nand more")
+
+        return call
+
+    def early(*_args):
+        raise RuntimeError("no compiler")
+
+    peers = [Peer("Late", False, lambda *_: "", late), Peer("Early", True, lambda *_: "", early)]
+    monkeypatch.setattr("dit_sparse.eval.peers.PEERS", peers)
+    done = dit_sparse("bench", *TINY, "--density", "0.5", "--json")
+    assert done.code == 0, done.err
+    assert done.json["not_measured"] == {"Late": "dense at 256 tokens: wrong layout",
+                                         "Early": "sparse at 256 tokens: no compiler"}
+    assert {"sparse", "build mask"} <= {row["what"] for row in done.json["rows"]}
+    assert "Not measured: Early, sparse at 256 tokens: no compiler." in dit_sparse("bench", *TINY).out
+
+
 REFUSALS = {
     "topic": (["weather"], "kernels, routing, step"),
     "misplaced": (["step", "--tokens", "64"], "--tokens"),
@@ -49,6 +80,13 @@ REFUSALS = {
     "tokens": (["--tokens", "0"], "--tokens"),
     "device": (["--device", "cuda:99"], "--device"),
     "heads": (["--heads", "0"], "--heads"),
+    "large grid": (["routing", "--grid", "200x200x200"], "the limit is 1000000"),
+    "huge grid": (["routing", "--grid", "99999999999x1x1"], "the limit is 1000000"),
+    "no memory": (["--tokens", "1000000", "--heads", "1024", "--head-dim", "512", "--device", "cpu"], "GiB"),
+    "dense, routing": (["routing", "--method", "dense"], "leave it out"),
+    "dense, step": (["step", "--method", "dense"], "leave it out"),
+    "large model": (["step", "--model", "wan-14b-720p", "--device", "cpu"], "--model tiny"),
+    "kernel elsewhere": (["step", "--backend", "triton", "--method", "svg", "--device", "cpu"], "triton"),
 }
 
 

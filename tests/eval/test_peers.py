@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from dit_sparse.eval import peers
@@ -26,3 +27,15 @@ def test_each_missing_peer_has_its_reason() -> None:
     found, reasons = peers.available("cpu", torch.bfloat16)
     assert found == [] and set(reasons) == {peer.name for peer in peers.PEERS}
     assert all(reason == "needs an NVIDIA GPU" for reason in reasons.values())
+
+
+def test_another_shape_starts_a_cache_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the ninth shape would meet the recompile limit, and the uncompiled path would be timed."""
+    resets: list[int] = []
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: resets.append(1))
+    peers._compiled.cache_clear()
+    for tokens in (128, 128, 256, 256):
+        x = torch.zeros(1, tokens, 1, 16)
+        peers._flex(x, x, x, random_keep(1, tokens // 64, tokens // 64, 0.5, "cpu"), 64)
+    assert len(resets) == 2
+    peers._compiled.cache_clear()

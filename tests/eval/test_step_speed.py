@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
+from dit_sparse import SparseFallbackError
 from dit_sparse.eval import step_speed
 from dit_sparse.eval.step_speed import GEOMETRIES, Geometry, bench_step
 
@@ -70,3 +74,44 @@ def test_geometries_are_what_diffusers_builds(name: str) -> None:
 def test_an_unknown_option_of_a_method_never_passes() -> None:
     with pytest.raises(ValueError, match="backend"):
         bench_step(tiny_wan(), ["svg"], device="cpu", dtype="fp32", compiled=False, seconds=0.01, backend="magic")
+
+
+def test_times_too_short_to_tell_are_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed(_geometry, counts, proc, *_rest):
+        layers = counts["layers"]
+        fallbacks = {} if proc is None else {"text": layers}
+        return step_speed._Timed(4.0 if proc else 4.0 * layers + (layers > 1), 1.0, fallbacks=fallbacks)
+
+    monkeypatch.setattr(step_speed, "_time_model", timed)
+    dense, sparse = bench_step(Geometry("one", "", "", {"layers": 10}, lambda *_: {}, 1), ["radial"], device="cpu")
+    assert dense.rest_ms == 0 and not dense.short  # a layer of 4.5 ms in a model of 4
+    assert sparse.layer_ms == {"layers": 0.0} and sparse.short and sparse.cells()[7:9] == ["0.004?", "11.25?"]
+    assert sparse.fallbacks == {"text": step_speed.FEW + step_speed.MORE}
+    assert "too short" in step_speed.note([dense, sparse]) and "too short" not in step_speed.note([dense])
+
+
+def test_a_call_that_cannot_run_sparse_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SparseFallbackError, match="triton"):
+        bench_step(tiny_wan(), ["svg"], device="cpu", dtype="fp32", compiled=False, seconds=0.01, backend="triton")
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    (["--density", "0"], "(0, 1]"), (["--method", "magic"], "radial"), (["--method", "dense"], "radial"),
+    (["--backend", "magic"], "cpu"), (["--device", "cuda:99"], "is not there"),
+    (["--device", "cpu", "--model", "wan-14b-720p"], "needs a GPU"),
+])
+def test_misuse_is_told_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, words: list[str], expected: str
+) -> None:
+    monkeypatch.setattr(step_speed, "_time_model", None)
+    with pytest.raises(SystemExit, match="2"):
+        step_speed.main(words)
+    assert expected in capsys.readouterr().err
+
+
+def test_the_folder_of_the_results_is_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(step_speed, "_time_model", lambda _geometry, counts, *_: step_speed._Timed(
+        1.0 + sum(counts.values()), 1.0))
+    out = tmp_path / "new" / "step.json"
+    assert step_speed.main(["--device", "cpu", "--method", "svg", "--out", str(out)]) == 0
+    assert [row["what"] for row in json.loads(out.read_text())["rows"]] == ["dense", "svg"]

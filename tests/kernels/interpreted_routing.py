@@ -303,6 +303,22 @@ def test_no_operator_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> No
                                                                                           "mass_kernel"]
 
 
+@pytest.mark.parametrize(("dtype", "gap"), [(FP32, 20.0), (FP16, 2.0)])
+def test_candidates_below_the_peak_and_masked_values_agree(dtype: torch.dtype, gap: float) -> None:
+    torch.manual_seed(7)
+    query, key, value = torch.zeros(2, 64, 1, 16), torch.zeros(2, 64, 1, 16), torch.randn(2, 64, 1, 16)
+    query[..., 0], key[:, :8, :, 0] = 1, gap
+    allowed, mask = torch.zeros(2, 4, 64, dtype=torch.bool), torch.rand(2, 64) < 0.7
+    allowed[0, :, 32:], allowed[1, :, 16:], mask[1] = True, True, False
+    key[~mask], value[~mask] = NAN, INF
+    arguments = *(x.to(dtype) for x in (query, key, value)), torch.arange(4), allowed, 1.0, mask
+    want = routing.row_errors(*arguments)
+    assert want.isfinite().all() and (want[0] > 0).all() and not want[1].any()
+    torch.testing.assert_close(routing.row_errors(*arguments, kernels=True), want, rtol=2e-3, atol=1e-6)
+    with pytest.raises(ValueError, match="rows must lie in 0 ... 63"):
+        routing.row_errors(*arguments[:3], torch.arange(61, 65), *arguments[4:], kernels=True)
+
+
 def test_what_the_kernels_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = BlockLayout.raster(10, 16)
     x = torch.randn(1, 10, 1, 8).to(torch.bfloat16)

@@ -3,6 +3,7 @@
 TRITON_INTERPRET is read when triton is imported and breaks torch.compile in the same process: hence the processes.
 """
 
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -115,7 +116,8 @@ def test_kernels_are_used_only_where_they_are_asked_for(monkeypatch: pytest.Monk
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(routing, "KERNELS_BY_DEFAULT", False)
     for wanted, default, used in (("", False, False), ("0", False, False), ("1", False, True), ("", True, True),
-                                  ("0", True, False)):
+                                  ("0", True, False), ("On", False, True), ("TRUE", False, True), ("Off", True, False),
+                                  ("false", True, False)):
         monkeypatch.setenv("DIT_SPARSE_ROUTING", wanted)
         monkeypatch.setattr(routing, "KERNELS_BY_DEFAULT", default)
         assert routing._use_kernels(x, 10, None) is used
@@ -125,6 +127,8 @@ def test_kernels_are_used_only_where_they_are_asked_for(monkeypatch: pytest.Monk
     assert not routing._use_kernels(x, 2**20, None)
     assert sum(routing.plain_calls.values()) == 1 and "1048576 key blocks" in next(iter(routing.plain_calls))
     assert not routing._use_kernels(x, 10, False)
+    # Query and key decide together: nobody who did not ask for kernels sees their error.
+    assert not routing._use_kernels(x, 10, None, torch.zeros(1, 10, 1, 64, dtype=torch.float64))
 
 
 def test_what_is_refused() -> None:
@@ -147,6 +151,60 @@ def test_what_is_refused() -> None:
         Rule("top_k", 0.5)
     with pytest.raises(ValueError, match="last dimension must be 1"):
         Rule("top_p", torch.rand(3))
+
+
+@pytest.mark.parametrize("kernels", [None, False, True])
+def test_shapes_are_checked_before_either_path(kernels: bool | None) -> None:
+    query, key, layout = small_call()
+    scores, ones = torch.zeros(2, 3, 5, 5), functools.partial(torch.ones, dtype=torch.bool)
+    k = functools.partial(torch.ones, dtype=torch.int64)
+    for options in ({"forced_columns": ones(3)}, {"forced_columns": ones(1)}, {"forced_rows": ones(9)},
+                    {"forced_rows": ones(3, 5)}, {"forced_columns": ones(1, 2, 5)}, {"forced_rows": k(5)},
+                    {"amount": k(2, 1, 1)}, {"amount": k(3, 1)}, {"amount": k(1, 1, 1, 1, 1)}):
+        rule = Rule(**{"kind": "top_k", "amount": 1} | options)
+        with pytest.raises(ValueError, match="Rule: (forced|amount).*; "):
+            routing.lists_of_scores(scores, layout, layout, rule, kernels=kernels)
+        with pytest.raises(ValueError, match="Rule: (forced|amount).*; "):
+            routing.route(query, key, layout, layout, 1.0, rule, kernels=kernels)
+    for wrong in (key[:1], key[:, :, :1], key[..., :8], key[:, :100]):
+        with pytest.raises(ValueError, match="route: "):
+            routing.route(query, wrong, layout, layout, 1.0, Rule("top_k", 1), kernels=kernels)
+        with pytest.raises(ValueError, match="listed_mass: "):
+            routing.listed_mass(query, wrong, torch.zeros(2, 3, 150), BlockMask.full(layout, layout), 1.0,
+                                kernels=kernels)
+    with pytest.raises(ValueError, match="lse is"):
+        routing.listed_mass(query, key, torch.zeros(2, 3, 60), BlockMask.full(layout, layout), 1.0, kernels=kernels)
+    two = BlockLayout.from_order(torch.arange(150).expand(1, 2, -1), 32)
+    with pytest.raises(ValueError, match="index .1, 2, 160."):
+        routing.pool(query, two, kernels=kernels)
+    with pytest.raises(ValueError, match="pool: mask"):
+        routing.pool(query, layout, mask=ones(2, 200), kernels=kernels)
+    rows = torch.tensor([0, 1])
+    for place, allowed, value in ((rows, ones(1, 2, 100), key), (rows, ones(1, 1, 150), key), (rows, k(1, 2, 150), key),
+                                  (rows, ones(0, 2, 150), key), (rows[None], ones(1, 2, 150), key),
+                                  (rows.bool(), ones(1, 2, 150), key), (rows, ones(1, 2, 150), key.half())):
+        with pytest.raises(ValueError, match="row_errors: (rows|allowed|value)"):
+            routing.row_errors(query, key, value, place, allowed, 1.0, kernels=kernels)
+
+
+def test_slices_with_a_step_are_refused() -> None:
+    for name in ("rows", "columns", "forced_columns"):
+        with pytest.raises(ValueError, match=f"{name}=.* has a step"):
+            Rule("top_k", 1, **{name: slice(0, None, 2)})
+
+
+def test_half_precision_is_widened() -> None:
+    _, _, layout = small_call()
+    scores = torch.randn(1, 1, 5, 5, dtype=torch.float16)
+    for rule in (Rule("top_p", torch.tensor([[0.5]], dtype=torch.float16), softmax=True), Rule("threshold", 0.1)):
+        want = routing.lists_of_scores(scores.float(), layout, layout, rule)
+        got = routing.lists_of_scores(scores, layout, layout, rule)
+        assert torch.equal(got.lists, want.lists) and torch.equal(got.work(), want.work())
+    shares = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
+    for dtype in (torch.float16, torch.bfloat16):
+        assert torch.equal(select_top_p(shares, torch.tensor([[0.5]], dtype=dtype)), select_top_p(shares, 0.5))
+    shares[0, 0] = torch.nan  # first, with a share of 0
+    assert select_top_p(shares, 0.5).tolist() == [[True, True, False, True]]
 
 
 def test_listed_mass_of_all_blocks_is_the_block_mass() -> None:
