@@ -328,3 +328,22 @@ def test_what_the_kernels_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="1 key blocks are more than 0"):
         routing.route(x.float(), x.float(), layout, layout, 1.0, Rule("top_k", 1), kernels=True)
     assert dataclasses.is_dataclass(Rule)
+
+
+def test_hard_amounts_and_numbers_that_are_no_shares_give_exactly_the_same() -> None:
+    torch.manual_seed(6)
+    layout, scores = BlockLayout.raster(48, 16), torch.rand(1, 3, 3, 3)
+    shares = scores.softmax(-1)
+    shares[0, 0, 0, 2] = NAN
+    shares[0, 0, 1, :2], shares[0, 0, 2] = NAN, torch.randn(3)
+    shares[0, 1, 0, 1], shares[0, 1, 1, 1], shares[0, 2] = INF, -INF, NAN
+    rules = [Rule("top_k", k) for k in (2**31, 2**40, -(2**33))]
+    rules += [Rule("top_k", torch.tensor([[k]])) for k in (2**32 + 1, -(2**33))]
+    rules += [Rule("top_p", p, least=n) for p in (0.0, 0.4, 1.0) for n in (1,)]
+    rules += [Rule("top_p", torch.tensor([[p]], dtype=dtype)) for p in (0.5, INF, NAN)
+              for dtype in (FP16, torch.bfloat16, FP32, torch.float64)]
+    for rule in rules:
+        for one in (scores, shares):
+            want = routing.lists_of_scores(one, layout, layout, rule)
+            assert same(routing.lists_of_scores(one, layout, layout, rule, kernels=True), want), rule
+            assert (want.work() > 0).all()
