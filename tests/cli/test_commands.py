@@ -144,6 +144,8 @@ def test_signals_end_a_run_cleanly(tiny_folder: Path, tmp_path: Path, number: in
     process = subprocess.Popen(
         [sys.executable, "-c", "import sys; from dit_sparse.cli import main; sys.exit(main())", *words],
         cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True,
+        # A suite that a shell runs in the background was told to ignore Ctrl-C, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     time.sleep(6)
     process.send_signal(number)
