@@ -5,8 +5,6 @@ Neither path waits for the device, and neither holds more than a chunk of the sc
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from . import scoring
 from .blockmask import BlockLayout, BlockMask
+from .kernels.attention import triton_reasons
 from .selection import Rule
 
 __all__ = ["KERNELS_BY_DEFAULT", "Rule", "kernel_reasons", "listed_mass", "lists_of_scores", "plain_calls", "pool",
@@ -26,25 +25,11 @@ __all__ = ["KERNELS_BY_DEFAULT", "Rule", "kernel_reasons", "listed_mass", "lists
 KERNELS_BY_DEFAULT = False
 
 _ON, _OFF = ("1", "true", "on"), ("0", "false", "off")
-_MAX_HEAD_DIM = 128
+_MAX_HEAD_DIM = 128  # of the values; `triton_reasons` tests that of the keys
 _MAX_KEY_BLOCKS = 8192  # a row of scores lies in the registers of one program
 
 # Why calls that were to use the kernels took the plain path, counted.
 plain_calls: Counter[str] = Counter()
-
-
-@functools.cache
-def _missing(interpreted: bool) -> str:
-    """Why Triton cannot be used here at all, "" when it can."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if not interpreted and not torch.cuda.is_available():
-        return "no GPU"
-    try:
-        from .kernels import pooling, routing  # noqa: F401
-    except Exception as error:
-        return f"triton cannot be imported: {type(error).__name__}"
-    return ""
 
 
 def kernel_reasons(x: Tensor, key_blocks: int = 0) -> list[str]:
@@ -54,16 +39,7 @@ def kernel_reasons(x: Tensor, key_blocks: int = 0) -> list[str]:
         x: (B, L, H, D).
         key_blocks: number of key blocks.
     """
-    interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in _ON
-    reasons = [missing] if (missing := _missing(interpreted)) else []
-    if not interpreted and x.device.type != "cuda":
-        reasons.append(f"the tensors are on {x.device.type}, it needs a GPU")
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        reasons.append(f"dtype {x.dtype} is not float16, bfloat16 or float32")
-    if interpreted and x.dtype == torch.bfloat16:
-        reasons.append("Triton's interpreter computes bfloat16 wrongly")
-    if x.shape[-1] > _MAX_HEAD_DIM:
-        reasons.append(f"head dim {x.shape[-1]} is above {_MAX_HEAD_DIM}")
+    reasons = triton_reasons(x, x, x)
     if key_blocks > _MAX_KEY_BLOCKS:
         reasons.append(f"{key_blocks} key blocks are more than {_MAX_KEY_BLOCKS}")
     return reasons
@@ -213,13 +189,9 @@ def route(
         block_key = pool(key, key_layout, mask=key_mask, kernels=True)
         return _as_mask(route_triton(block_query, block_key, scale, rule, query_layout.lengths, key_layout.lengths,
                                      key_layout.block_size, max_width), query_layout, key_layout)
-    block_query = scoring.pool(query, query_layout) * scale
-    block_key = scoring.pool(key, key_layout, mask=key_mask).transpose(-1, -2)
-    # Scores, their order and its places as 64 bit numbers: about 4 float32 of each score.
-    numbers = 4 * query.shape[0] * query_layout.blocks * key_layout.blocks
-    keep = [rule.of_heads(heads).keep(block_query[:, heads] @ block_key[:, heads])
-            for heads in scoring.head_chunks(query.shape[2], numbers)]
-    return BlockMask.from_dense(torch.cat(keep, dim=1), query_layout, key_layout, max_width=max_width)
+    keep = scoring.select_pooled(query, key, query_layout, key_layout, scale,
+                                 lambda scores, heads: rule.of_heads(heads).keep(scores), key_mask=key_mask)
+    return BlockMask.from_dense(keep, query_layout, key_layout, max_width=max_width)
 
 
 def lists_of_scores(

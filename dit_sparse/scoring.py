@@ -104,7 +104,7 @@ def select_pooled(
     query_layout: BlockLayout,
     key_layout: BlockLayout,
     scale: float,
-    select: Callable[[Tensor], Tensor],
+    select: Callable[[Tensor, slice], Tensor],
     *,
     key_mask: Tensor | None = None,
 ) -> Tensor:
@@ -112,7 +112,7 @@ def select_pooled(
 
     Args:
         query, key, query_layout, key_layout, scale, key_mask: as in `pooled_scores`.
-        select: float32 (B, h, nq, nk) scores of h heads -> bool of the same shape.
+        select: float32 (B, h, nq, nk) scores of h heads, and which heads they are -> bool of the same shape.
 
     Returns:
         bool (B, H, nq, nk).
@@ -121,7 +121,7 @@ def select_pooled(
     block_key = pool(key, key_layout, mask=key_mask).transpose(-1, -2)
     numbers = 4 * query.shape[0] * query_layout.blocks * key_layout.blocks
     chunks = head_chunks(query.shape[2], numbers)
-    return torch.cat([select(block_query[:, heads] @ block_key[:, heads]) for heads in chunks], dim=1)
+    return torch.cat([select(block_query[:, heads] @ block_key[:, heads], heads) for heads in chunks], dim=1)
 
 
 def sampled_row_attention(

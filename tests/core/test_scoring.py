@@ -107,7 +107,7 @@ def test_select_pooled_equals_selection_of_all_heads(monkeypatch: pytest.MonkeyP
     expected = select_top_k(scores, 3)
     for limit in (1, 2**26):
         monkeypatch.setattr(scoring, "_NUMBERS_AT_ONCE", limit)
-        keep = scoring.select_pooled(*args, lambda s: select_top_k(s, 3), key_mask=mask)
+        keep = scoring.select_pooled(*args, lambda s, heads: select_top_k(s, 3), key_mask=mask)
         assert torch.equal(keep, expected)
 
 
@@ -182,6 +182,6 @@ def test_scores_never_read_a_tensor() -> None:
     x = torch.rand(1, 113, 2, 8, device="meta")
     layout = BlockLayout.from_order(torch.zeros(1, 2, 113, dtype=torch.int64, device="meta"), 32)
     mask = torch.ones(1, 113, dtype=torch.bool, device="meta")
-    keep = scoring.select_pooled(x, x, layout, layout, 1.0, lambda s: select_top_k(s, 2), key_mask=mask)
+    keep = scoring.select_pooled(x, x, layout, layout, 1.0, lambda s, heads: select_top_k(s, 2), key_mask=mask)
     assert keep.shape == (1, 2, 4, 4)
     assert scoring.block_mass(x, x, layout, layout, 1.0, key_mask=mask).shape == (1, 2, 4, 4)

@@ -268,7 +268,7 @@ def test_no_operator_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> No
     """Every kernel path on tensors without contents, launches left out: what needs a content cannot run."""
     from dit_sparse.kernels import mass, pooling, sampling
     from dit_sparse.kernels import routing as kernels
-    from tests.kernels.test_routing import Waits
+    from tests.waits import Waits
 
     launched = []
 
