@@ -1,0 +1,157 @@
+"""The Triton kernels of `quantise`: activations to e4m3, on any GPU with 8-bit floats, and interpreted.
+
+Two passes. `statistics_kernel` reads keys and values once, for the mean of the keys and the largest value of each
+channel, and `finish_kernel` adds up its parts; `rows_kernel` and `values_kernel` then read queries, keys and values
+once and write each in the order of the slots. Nothing is added up atomically: repeated calls give equal bits. Imported
+only when used: importing this module needs triton.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# Triton reads annotations of kernels itself: only compile-time arguments may have one.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .quantise import LARGEST, SMALLEST
+
+_LARGEST = tl.constexpr(LARGEST)
+_SMALLEST = tl.constexpr(SMALLEST)
+
+
+@triton.jit(do_not_specialize=["H", "Lk", "span"])
+def statistics_kernel(
+    K, V, KEY_MASK, SUMS, TOPS, stride_kb, stride_kn, stride_kh, stride_kd, stride_vb, stride_vn, stride_vh, stride_vd,
+    stride_mb, stride_mn, H, Lk, span, D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Sum of the keys and largest magnitude of the values over `span` tokens of one head.
+
+    K (B, Lk, H, D), V (B, Lk, H, DV) by strides. KEY_MASK: bool (B, Lk) by strides, None: every key counts.
+    SUMS (B, H, parts, D) and TOPS (B, H, parts, DV): float32, contiguous; parts = number of programs along axis 1.
+    """
+    # Heads vary fastest: programs that run together read neighbouring memory.
+    h = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    o_d = tl.arange(0, WIDTH)[None, :]
+    o_dv = tl.arange(0, WIDTH_V)[None, :]
+    sums = tl.zeros([ROWS, WIDTH], tl.float32)
+    tops = tl.zeros([ROWS, WIDTH_V], tl.float32)
+    first = part * span
+    last = tl.minimum(first + span, Lk)
+    for start in range(first, last, ROWS):
+        token = start + tl.arange(0, ROWS).to(tl.int64)
+        real = token < last
+        if KEY_MASK is not None:
+            real &= tl.load(KEY_MASK + b * stride_mb + token * stride_mn, mask=real, other=0) != 0
+        p_key = K + b * stride_kb + h * stride_kh + token[:, None] * stride_kn + o_d * stride_kd
+        sums += tl.load(p_key, mask=real[:, None] & (o_d < D), other=0.0).to(tl.float32)
+        p_value = V + b * stride_vb + h * stride_vh + token[:, None] * stride_vn + o_dv * stride_vd
+        value = tl.load(p_value, mask=real[:, None] & (o_dv < DV), other=0.0).to(tl.float32)
+        tops = tl.maximum(tops, tl.abs(value))
+    row = (b * H + h) * tl.num_programs(1) + part
+    o_d = tl.arange(0, WIDTH)
+    o_dv = tl.arange(0, WIDTH_V)
+    tl.store(SUMS + row * D + o_d, tl.sum(sums, 0), mask=o_d < D)
+    tl.store(TOPS + row * DV + o_dv, tl.max(tops, 0), mask=o_dv < DV)
+
+
+@triton.jit(do_not_specialize=["H", "Lk", "parts"])
+def finish_kernel(SUMS, TOPS, COUNTS, MEAN, SCALE, H, Lk, parts, D: tl.constexpr, DV: tl.constexpr,
+                  WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, ROWS: tl.constexpr):
+    """MEAN (B, H, D) and SCALE (B, H, DV) of one head from the parts. COUNTS: int64 (B,) keys, None: Lk of them."""
+    head = tl.program_id(1).to(tl.int64) * H + tl.program_id(0)
+    o_row = tl.arange(0, ROWS)[:, None]
+    o_d = tl.arange(0, WIDTH)
+    o_dv = tl.arange(0, WIDTH_V)
+    sums = tl.zeros([ROWS, WIDTH], tl.float32)
+    tops = tl.zeros([ROWS, WIDTH_V], tl.float32)
+    for start in range(0, parts, ROWS):
+        row = head * parts + start + o_row
+        real = start + o_row < parts
+        sums += tl.load(SUMS + row * D + o_d[None, :], mask=real & (o_d < D)[None, :], other=0.0)
+        tops = tl.maximum(tops, tl.load(TOPS + row * DV + o_dv[None, :], mask=real & (o_dv < DV)[None, :], other=0.0))
+    count = Lk.to(tl.float32)
+    if COUNTS is not None:
+        count = tl.maximum(tl.load(COUNTS + tl.program_id(1)).to(tl.float32), 1.0)
+    tl.store(MEAN + head * D + o_d, tl.div_rn(tl.sum(sums, 0), count), mask=o_d < D)
+    scale = tl.maximum(tl.max(tops, 0), _SMALLEST) * (1.0 / _LARGEST)
+    tl.store(SCALE + head * DV + o_dv, scale, mask=o_dv < DV)
+
+
+@triton.jit
+def _tokens(INDEX, OK, b, h, slot, strides, L):
+    """Token at each slot, and whether there is one that may be seen."""
+    stride_ib, stride_ih, stride_ob, stride_oh = strides
+    token = slot
+    if INDEX is not None:
+        token = tl.load(INDEX + b * stride_ib + h * stride_ih + slot)
+    real = (token >= 0) & (token < L)
+    if OK is not None:
+        real &= tl.load(OK + b * stride_ob + h * stride_oh + slot) != 0
+    return token, real
+
+
+@triton.jit(do_not_specialize=["stride_ib", "stride_ih", "stride_ob", "stride_oh", "H", "L"])
+def rows_kernel(
+    X, INDEX, OK, MEAN, OUT, SCALE, SHIFT, stride_b, stride_n, stride_h, stride_d, stride_ib, stride_ih, stride_ob,
+    stride_oh, H, L, factor, D: tl.constexpr, WIDTH: tl.constexpr, STORED: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """One block of queries or keys of one head, with one scale.
+
+    X (B, L, H, D) by strides; INDEX: int64 (B|1, H|1, slots), None: slot = token; OK: (B|1, H|1, slots), slots that may
+    be seen, None: all that hold a token. MEAN (B, H, D). OUT: e4m3 (B, H, slots, STORED), SCALE (B, H, blocks).
+    With SHIFT (B, H, slots) the rows are queries, and it gets factor * row . MEAN; without, they are keys, from which
+    MEAN is subtracted.
+    """
+    h = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    slot = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    token, real = _tokens(INDEX, OK, b, h, slot, (stride_ib, stride_ih, stride_ob, stride_oh), L)
+    o_d = tl.arange(0, WIDTH)
+    p_row = X + b * stride_b + h * stride_h + token[:, None] * stride_n + o_d[None, :] * stride_d
+    row = tl.load(p_row, mask=real[:, None] & (o_d < D)[None, :], other=0.0).to(tl.float32)
+    mean = tl.load(MEAN + (b * H + h) * D + o_d, mask=o_d < D, other=0.0)
+    first = (b * H + h) * tl.num_programs(1) * BLOCK
+    if SHIFT is None:
+        row = tl.where(real[:, None], row - mean[None, :], 0.0)
+    else:
+        tl.store(SHIFT + first + slot, tl.sum(row * mean[None, :], 1) * factor)
+    scale = tl.maximum(tl.max(tl.abs(row)), _SMALLEST) * (1.0 / _LARGEST)
+    tl.store(SCALE + (b * H + h) * tl.num_programs(1) + block, scale)
+    p_out = OUT + (first + slot)[:, None] * STORED + o_d[None, :]
+    tl.store(p_out, (row * tl.div_rn(1.0, scale)).to(tl.float8e4nv), mask=(o_d < STORED)[None, :])
+
+
+@triton.jit(do_not_specialize=["stride_ib", "stride_ih", "stride_ob", "stride_oh", "H", "L"])
+def values_kernel(
+    V, INDEX, OK, SCALE, OUT, stride_b, stride_n, stride_h, stride_d, stride_ib, stride_ih, stride_ob, stride_oh, H, L,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """One block of values of one head, transposed, with their keys in the order of `quantise.value_order`.
+
+    V (B, L, H, D) by strides; INDEX, OK as in `rows_kernel`. SCALE (B, H, D). OUT: e4m3 (B, H, D, slots), written as
+    int32 words of four neighbouring keys: transposing words costs a quarter of transposing bytes.
+    """
+    h = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    o_d = tl.arange(0, WIDTH)
+    scale = tl.load(SCALE + (b * H + h) * D + o_d, mask=o_d < D, other=1.0)
+    inverse = tl.div_rn(1.0, scale)[None, :]
+    o_word = tl.arange(0, BLOCK // 4)
+    words = tl.zeros([BLOCK // 4, WIDTH], tl.uint32)
+    for i in tl.static_range(4):
+        # Word t of a group of 16 keys holds its keys 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
+        place = o_word // 4 * 16 + o_word % 4 * 2 + (i // 2 * 8 + i % 2)
+        slot = block.to(tl.int64) * BLOCK + place
+        token, real = _tokens(INDEX, OK, b, h, slot, (stride_ib, stride_ih, stride_ob, stride_oh), L)
+        p_value = V + b * stride_b + h * stride_h + token[:, None] * stride_n + o_d[None, :] * stride_d
+        value = tl.load(p_value, mask=real[:, None] & (o_d < D)[None, :], other=0.0).to(tl.float32)
+        byte = (value * inverse).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        words |= byte.to(tl.uint32) << (8 * i)
+    p_out = OUT + (((b * H + h) * D + o_d) * tl.num_programs(1) + block)[:, None] * (BLOCK // 4) + o_word[None, :]
+    tl.store(p_out, tl.trans(words).to(tl.int32, bitcast=True), mask=(o_d < D)[:, None])

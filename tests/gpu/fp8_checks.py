@@ -1,0 +1,248 @@
+"""What must hold of fp8 attention on a Hopper GPU, and its speeds. Every check returns "" or what is wrong.
+
+    python tests/gpu/fp8_checks.py             # checks, then speeds; exits with 1 when a check fails
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
+import torch  # noqa: E402
+
+from dit_sparse import order  # noqa: E402
+from dit_sparse.blockmask import BlockLayout, BlockMask  # noqa: E402
+from dit_sparse.grid import TokenGrid  # noqa: E402
+from dit_sparse.kernels import fp8, hopper_plan, quantise  # noqa: E402
+from dit_sparse.kernels.attention import dense_attention  # noqa: E402
+from dit_sparse.kernels.blocks import Blocks  # noqa: E402
+from dit_sparse.kernels.reference import attention_reference  # noqa: E402
+from tests.gpu.checks import poisoned  # noqa: E402
+from tests.kernels.cases import Case, Inputs, build  # noqa: E402
+from tests.kernels.fp8_rule import formula_problem, kernel_problem, noise_bound, noise_figures  # noqa: E402
+
+BF16, FP16 = torch.bfloat16, torch.float16
+FITS = Case(1023, 1023, head_dim=128, dtype=BF16, query_block=128, key_block=128)
+CASES = [dataclasses.replace(FITS, **changes) for changes in (  # type: ignore[arg-type]
+    dict(), dict(query_tokens=1, key_tokens=1, lists="shared"), dict(query_tokens=63, key_tokens=113, dtype=FP16),
+    dict(query_tokens=113, batch=2, lists="all"), dict(query_tokens=1024, key_tokens=1024, lists="shared", batch=2),
+    dict(head_dim=64), dict(head_dim=64, dtype=FP16, order="permuted"), dict(head_dim=96), dict(head_dim=8),
+    dict(head_dim=40, value_dim=128), dict(value_dim=64), dict(strided=True), dict(order="permuted", strided=True),
+    dict(masked=True, batch=2), dict(order="heads", masked=True, batch=2), dict(window=1),
+    dict(window=3, always=True, order="permuted"), dict(window=3, always=True, masked=True, batch=2, lists="all"),
+    dict(query_tokens=129, key_tokens=4097, heads=5, lists="all", batch=2), dict(query_tokens=4097, key_tokens=1),
+)]
+
+
+def quantised_of(inputs: Inputs, blocks: Blocks) -> tuple[quantise.Quantised, hopper_plan.Plan]:
+    """The e4m3 numbers of a call by the kernels, and its plan."""
+    plan = fp8.fp8_plan(blocks, inputs.key.shape[1], inputs.query.shape[3], inputs.value.shape[3])
+    return quantise.quantise(inputs.query, inputs.key, inputs.value, blocks, inputs.scale, plan.key_ok), plan
+
+
+def accuracy(inputs: Inputs, stages: int = fp8.STAGES, fresh: bool = True) -> str:
+    """The kernel keeps both accuracy rules, with NaN in all fresh memory."""
+    blocks = Blocks.from_mask(inputs.mask, inputs.key_mask)
+    with poisoned():
+        quantised, plan = quantised_of(inputs, blocks)
+        out, lse = fp8.attend(quantised, blocks, plan, inputs.scale, inputs.query.shape[1], inputs.query.dtype,
+                              stages=stages, fresh=fresh)
+        entry = fp8.block_sparse_attention_fp8(inputs.query, inputs.key, inputs.value, blocks, inputs.scale)
+    if fresh and stages == fp8.STAGES and not (torch.equal(out, entry[0]) and torch.equal(lse, entry[1])):
+        return "the entry point computes something else"
+    return kernel_problem(inputs, out, lse, quantised) or formula_problem(inputs, lse, quantised)
+
+
+def quantising(case: Case) -> str:
+    """The quantising kernels give the bits of the twin for the mean that they found."""
+    inputs = build(case, "cuda")
+    blocks = Blocks.from_mask(inputs.mask, inputs.key_mask)
+    with poisoned():
+        got, _ = quantised_of(inputs, blocks)
+        mean = quantise._statistics(inputs.key, inputs.value, blocks.key_mask, torch.empty_like(got.value_scale))
+    if not torch.allclose(mean, quantise.key_mean(inputs.key, blocks.key_mask), rtol=1e-4, atol=1e-5):
+        return "the mean of the keys is wrong"
+    want = quantise.quantise_reference(inputs.query, inputs.key, inputs.value, blocks, inputs.scale, mean)
+    found = []
+    for field in dataclasses.fields(quantise.Quantised):
+        x, y = (getattr(made, field.name) for made in (got, want))
+        if field.name == "shift":
+            same = torch.allclose(x, y, rtol=1e-4, atol=1e-4)
+        else:
+            same = torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
+        if not same:
+            found.append(f"{field.name} in {int((x.float() != y.float()).sum())} of {x.numel()}")
+    return "; ".join(found)
+
+
+def noise(kind: str, fresh: bool = True) -> str:
+    """Error and cosine on noise of 8,192 tokens: white, keys with a large mean, or outlier channels."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 8192, 2, 128, device="cuda").unbind(0)
+    if kind == "large mean":
+        key = key + 10 * torch.randn(128, device="cuda")
+    elif kind == "outliers":
+        key[..., 5], value[..., 7] = 10 * key[..., 5], 100 * value[..., 7]
+    query, key, value = (x.to(BF16) for x in (query, key, value))
+    layout = BlockLayout.raster(8192, 128, "cuda")
+    inputs = Inputs(query, key, value, BlockMask.full(layout, layout), None, 128**-0.5)
+    blocks = Blocks.from_mask(inputs.mask)
+    quantised, plan = quantised_of(inputs, blocks)
+    out, _ = fp8.attend(quantised, blocks, plan, inputs.scale, 8192, BF16, fresh=fresh)
+    want, _ = attention_reference(query, key, value)
+    centred = key.float() - key.float().mean(1, keepdim=True)
+    scores = torch.einsum("bqhd,bkhd->bhqk", query[:, :512].float(), centred) * inputs.scale
+    bound = noise_bound(scores.std(-1).square().mean().sqrt().item())
+    for channels in (slice(0, 7), slice(7, 8), slice(8, None)):
+        error, cosine = noise_figures(out[..., channels], want[..., channels])
+        if not (error <= bound and cosine >= 1 - bound**2 / 2):
+            return f"error {error:.4f}, bound {bound:.4f}, cosine {cosine:.5f}"
+    return ""
+
+
+def tiles(sizes: tuple[int, int, int], text: int) -> str:
+    """Tiles of 4 x 4 x 8 tokens of a grid, ragged or not, with text."""
+    grid = TokenGrid(*sizes, text=text, text_at="back" if text else "none")
+    positions, lengths = order.tile(grid, (4, 4, 8))
+    layout = order.layout(grid, positions, 128, lengths=lengths, tile_shape=(4, 4, 8), device="cuda")
+    keep = torch.rand(1, 3, layout.blocks, layout.blocks, generator=torch.Generator().manual_seed(0)).to("cuda") < 0.4
+    query, key, value = (torch.randn(2, grid.tokens, 3, 128, device="cuda", dtype=BF16) for _ in range(3))
+    return accuracy(Inputs(query, key, value, BlockMask.from_dense(keep, layout, layout), None, 128**-0.5))
+
+
+def never_waits_and_repeats() -> str:
+    """No call waits for the device, and repeated calls give equal bits."""
+    for case in (FITS, dataclasses.replace(FITS, order="heads", masked=True, batch=2)):
+        inputs = build(case, "cuda")
+        blocks = Blocks.from_mask(inputs.mask, inputs.key_mask)
+        first: tuple[torch.Tensor, ...] = ()
+        for i in range(20):  # the first call compiles
+            torch.cuda.set_sync_debug_mode("error" if i else "default")
+            try:
+                now = fp8.block_sparse_attention_fp8(inputs.query, inputs.key, inputs.value, blocks, inputs.scale)
+            except RuntimeError as error:
+                return f"{case.name}: {str(error).splitlines()[0]}"
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            first = first or now
+            if not all(torch.equal(a, b) for a, b in zip(first, now, strict=True)):
+                return f"{case.name}: repeated calls differ"
+    return ""
+
+
+def addresses_beyond_32_bits() -> str:
+    """Activations of more than 2^31 elements: the last head of the last tokens is right."""
+    tokens, heads, dim = 75_600, 240, 128
+    query, key, value = (torch.randn(1, tokens, heads, dim, device="cuda", dtype=BF16) for _ in range(3))
+    layout = BlockLayout.raster(tokens, 128, "cuda")
+    block = torch.arange(layout.blocks, device="cuda")
+    mask = BlockMask.from_dense((block[:, None] - block).abs() <= 1, layout, layout)
+    out, _ = fp8.block_sparse_attention_fp8(query, key, value, Blocks.from_mask(mask), dim**-0.5)
+    last = tokens // 128 * 128
+    want, _ = attention_reference(query[:, last:, -1:], key[:, last - 128 :, -1:], value[:, last - 128 :, -1:])
+    error, _ = noise_figures(out[:, last:, -1:], want)
+    return "" if error < noise_bound(1.1) else f"error {error:.3f}"
+
+
+def all_checks() -> dict[str, Callable[[], str]]:
+    """Every check by name; none where there is no Hopper GPU."""
+    if hopper_plan.missing():
+        return {}
+    found: dict[str, Callable[[], str]] = {}
+    for case in CASES:
+        found[f"quantising {case.name}"] = partial(quantising, case)
+        found[f"attention {case.name}"] = lambda case=case: accuracy(build(case, "cuda"))  # type: ignore[misc]
+    for options in (dict(stages=2), dict(fresh=False)):
+        found[f"attention {options}"] = lambda options=options: accuracy(  # type: ignore[misc]
+            build(FITS, "cuda"), **options)
+    for kind in ("white", "large mean", "outliers"):
+        found[f"noise {kind}"] = partial(noise, kind)
+    for sizes, text in (((8, 8, 16), 0), ((5, 11, 13), 77)):
+        found[f"tiles {sizes} text {text}"] = partial(tiles, sizes, text)
+    for check in (never_waits_and_repeats, addresses_beyond_32_bits):
+        found[check.__name__.replace("_", " ")] = check
+    return found
+
+
+def speeds(log: Callable[[str], None], tokens: int = 75_600, heads: int = 12) -> list[dict[str, Any]]:
+    """Times fp8 beside bf16 on Hopper: attention alone, quantising alone, both; rates over the pairs computed.
+
+    Args:
+        log: takes every line.
+        tokens, heads: the shape, head dim 128, batch 1.
+
+    Returns:
+        One dictionary a row: what, milliseconds, TFLOP/s of attention or GB/s of quantising.
+    """
+    from dit_sparse.eval.speed import median_ms, random_keep
+
+    if why := hopper_plan.missing():
+        log(f"speeds of fp8 left out: {why}")
+        return []
+    from dit_sparse.kernels.hopper import block_sparse_attention_hopper
+
+    torch.manual_seed(0)
+    dim, scale = 128, 128**-0.5
+    query, key, value = (torch.randn(1, tokens, heads, dim, device="cuda", dtype=BF16) for _ in range(3))
+    layout = BlockLayout.raster(tokens, 128, "cuda")
+    time = partial(median_ms, device="cuda", seconds=0.25)
+    rows: list[dict[str, Any]] = []
+
+    def row(what: str, call: Callable[[], Any], density: float = math.nan, moved: float = math.nan) -> None:
+        took = time(call)
+        rates = 4e-9 * heads * dim * tokens**2 * density / took, 1e-6 * moved / took
+        rows.append({"what": what, "ms": took, "tflops": rates[0], "gb_per_s": rates[1], "density": density})
+        log(f"{took:9.3f} ms  {rates[0]:7.0f} TFLOP/s  {rates[1]:7.0f} GB/s  {what}")
+
+    log(f"fp8 at {tokens} tokens, {heads} heads of {dim}, activations in bf16")
+    row("dense, bf16", lambda: dense_attention(query, key, value), 1.0)
+    numbers = tokens * heads * dim
+    for density in (0.5, 0.25, 0.1):
+        mask = BlockMask.from_dense(random_keep(heads, layout.blocks, layout.blocks, density, "cuda"), layout, layout)
+        blocks = Blocks.from_mask(mask)
+        found = mask.density().item()
+        plan = fp8.fp8_plan(blocks, tokens, dim, dim)
+        made = quantise.quantise(query, key, value, blocks, scale)
+        row(f"bf16 {density}", lambda b=blocks: block_sparse_attention_hopper(query, key, value, b, scale), found)
+        attend = partial(fp8.attend, made, blocks, plan, scale, tokens, BF16)
+        for name, options in (("", {}), (", 2 stages", {"stages": 2}), (", sums kept", {"fresh": False})):
+            row(f"fp8 {density}, quantised before{name}", partial(attend, **options), found)  # type: ignore[arg-type]
+        row(f"fp8 {density}, quantising included",
+            lambda b=blocks: fp8.block_sparse_attention_fp8(query, key, value, b, scale), found)
+    row("quantising", lambda: quantise.quantise(query, key, value, blocks, scale), moved=13 * numbers)
+    row("of which statistics", lambda: quantise._statistics(key, value, None, made.value_scale), moved=4 * numbers)
+    permuted = BlockLayout.from_order(torch.randperm(tokens), 128).to("cuda")
+    other = Blocks.from_mask(BlockMask.from_dense(
+        random_keep(heads, layout.blocks, layout.blocks, 0.25, "cuda"), permuted, permuted))
+    row("quantising, random order", lambda: quantise.quantise(query, key, value, other, scale), moved=13 * numbers)
+    row("fp8 0.25, random order, quantising included",
+        lambda: fp8.block_sparse_attention_fp8(query, key, value, other, scale), 0.25)
+    return rows
+
+
+def main() -> int:
+    """Checks and speeds; 1 when a check fails."""
+    if not torch.cuda.is_available():
+        print("no CUDA GPU here: nothing was run")
+        return 0
+    failed = 0
+    for name, check in all_checks().items():
+        try:
+            problem = check()
+        except Exception as error:
+            problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        failed += bool(problem)
+        print(f"{'FAILED' if problem else 'ok':6}  {name}" + (f": {problem}" if problem else ""), flush=True)
+    speeds(partial(print, flush=True))
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
