@@ -233,7 +233,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", default="", help="folder that gets a copy of the state whenever it is saved")
     parser.add_argument("--start", default="", help="a Diffusers folder to go on from when there is no state")
     parser.add_argument("--export", default="", help="write the Diffusers folder from the state, and train nothing")
-    parser.add_argument("--seconds", type=float, default=540, help="of this call, from the start of the process")
+    parser.add_argument("--seconds", type=float, default=535, help="of this call, from the start of the process")
     parser.add_argument("--reserve", type=float, default=8, help="seconds kept for the last save")
     parser.add_argument("--vae-seconds", type=float, default=100)
     parser.add_argument("--vae-extra", type=float, default=40, help="more seconds if the gate is not passed")

@@ -1,12 +1,13 @@
 """The training's program in several calls: what a call has done is there for the next one."""
 
+import json
 import sys
 import time
 
 import pytest
 import torch
 
-from dit_sparse.pipelines.embedded import folder, model, state, train
+from dit_sparse.pipelines.embedded import curve, folder, model, state, train
 
 TINY = ["--scale", ".125", "--device", "cpu", "--compile", "0", "--reserve", "0", "--words-seconds", "2", "--wide", "0"]
 
@@ -60,3 +61,16 @@ def test_a_state_of_the_earlier_program_is_refused_but_can_be_loaded(tmp_path, m
     loaded = train.load_parts(tmp_path, shipped=False)[1]
     raw = parts["text_encoder"].shared.weight
     assert torch.allclose(loaded.shared.weight, raw * 0.5, rtol=0.01)  # the average that goes with the transformer's
+
+
+def test_the_curve_counts_minutes_through_all_calls_of_a_log(tmp_path):
+    log = [
+        {"at": 10.0, "call": 1, "stage": "start"},
+        {"at": 60.0, "call": 1, "stage": "images", "step": 50, "loss": {"256x1": 0.5}},
+        {"at": 120.0, "call": 1, "stage": "images", "done": True},
+        {"at": 60.0, "call": 2, "stage": "joint", "step": 50, "loss": {"256x1": 0.25, "512x33": 0.125}},
+    ]
+    (tmp_path / "log.jsonl").write_text("\n".join(json.dumps(record) for record in log))
+    losses, stages = curve.points(tmp_path / "log.jsonl")
+    assert losses == {"256x1": [(1.0, 0.5), (3.0, 0.25)], "512x33": [(3.0, 0.125)]}
+    assert stages == [(1.0, "images"), (3.0, "joint")]

@@ -10,6 +10,7 @@ import torch
 from dit_sparse.grid import TokenGrid
 from dit_sparse.methods.gna import GNA, axis_window, default_tile, fit_tiles, tile_axis
 from dit_sparse.tilecount import simulate_gna
+from tests.gpu.gna_checks import against_flex
 
 HUNYUAN = TokenGrid(30, 48, 80)
 
@@ -208,6 +209,12 @@ def test_windows_per_head_layer_and_step(make_call) -> None:
         heads.plan(make_call(grid, heads=3))
     with pytest.raises(ValueError, match="2 layers, the model has layer 5"):
         layers.plan(make_call(grid, heads=2, layer=5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sliding_tiles_equal_flexattention(dtype) -> None:
+    """An attention that shares no code with ours, told the paper's rule pair by pair; large on a GPU in tests/gpu."""
+    assert against_flex((4, 9, 10), (2, 4, 4), (1, 3, 3), 2, 16, dtype, "cpu") == ""
 
 
 def test_sliding_tiles_on_a_ragged_grid() -> None:
