@@ -229,6 +229,19 @@ def eval_run(
     run(config, output=output, as_json=as_json)
 
 
+@eval_app.command("paper")
+def eval_paper(
+    out: Annotated[Path, typer.Option(help="Folder of the tables, made or continued.")] = Path("paper"),
+    quick: Annotated[bool, typer.Option("--quick", help="A size that two cores make in under a minute.")] = False,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Make the project's own tables on the included model: speed, fidelity, prompt following; killed, it goes on."""
+    from .commands.paper import paper as run
+
+    run(out, quick=quick, device=device, as_json=as_json)
+
+
 @eval_app.command("show")
 def eval_show(
     folder: Annotated[Path, typer.Argument(help="Folder of `eval run`.")],
@@ -276,15 +289,18 @@ def eval_blind_spots(
 
 @eval_app.command("export-vbench")
 def eval_export(
-    folder: Annotated[Path, typer.Argument(help="Folder of `eval run`.")],
-    method: Annotated[str, typer.Argument(help="Label of the method, or dense.")],
     output: Annotated[Path, typer.Option(help="Folder, made when it is missing.")],
+    folder: Annotated[Path | None, typer.Argument(help="Folder of `eval run`.")] = None,
+    method: Annotated[str | None, typer.Argument(help="Label of the method, or dense.")] = None,
+    dimension: Annotated[
+        list[str] | None, typer.Option(help="Only the prompts of a dimension of VBench; may be repeated.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Copy a method's videos to the names that VBench reads."""
+    """Copy a method's videos to the names that VBench reads; without FOLDER, write VBench's own prompts."""
     from .commands.evaluation import export_vbench as run
 
-    run(folder, method, output, as_json=as_json)
+    run(output, folder=folder, method=method, dimensions=dimension, as_json=as_json)
 
 
 @eval_app.command("import-vbench")

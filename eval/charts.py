@@ -116,29 +116,43 @@ def scatter(points: Sequence[Point], x_name: str, y_name: str) -> str:
     return frame.svg(f"{y_name} against {x_name}")
 
 
-def heat_map(rows: Mapping[str, Mapping[int, float]]) -> str:
-    """Density by method (rows) and layer (columns), from pale (0) to full (1), with the number in each cell."""
+def heat_map(
+    rows: Mapping[str, Mapping[int, float]], *, columns: str = "layer", value: str = "density", title: str = "",
+    compact: bool = False,
+) -> str:
+    """Shares by row and column, from pale (0) to full (1), with the number in each cell where it fits.
+
+    Args:
+        rows: by name, the value of each column, which are numbered.
+        columns: what the columns are.
+        value: what the shares are.
+        title: of the picture, for those who cannot see it; else put together from the others.
+        compact: low rows without numbers, for maps of many layers.
+    """
     layers = sorted({layer for row in rows.values() for layer in row})
-    left, cell, high = 130, max(18, min(44, 900 // max(len(layers), 1))), 26
+    left, cell = 130, max(3 if compact else 18, min(20 if compact else 44, 900 // max(len(layers), 1)))
+    high = 13 if compact else 26
     parts = []
     for i, (name, row) in enumerate(rows.items()):
         y = 22 + i * high
-        parts.append(f'<text x="{left - 8}" y="{y + 17}" text-anchor="end">{escape(name[:18])}</text>')
+        parts.append(f'<text x="{left - 8}" y="{y + high - 9 + 6 * compact}" text-anchor="end">'
+                     f"{escape(name[:18])}</text>")
         for k, layer in enumerate(layers):
             if layer not in row:
                 continue
-            value, x = row[layer], left + k * cell
+            share, x = row[layer], left + k * cell
             parts.append(f'<rect x="{x}" y="{y}" width="{cell - 1}" height="{high - 1}" class="heat" '
-                         f'fill-opacity="{0.08 + 0.92 * min(max(value, 0), 1):.3f}">'
-                         f"<title>{escape(name)}, layer {layer}: density {value:.3f}</title></rect>")
+                         f'fill-opacity="{0.08 + 0.92 * min(max(share, 0), 1):.3f}">'
+                         f"<title>{escape(name)}, {columns} {layer}: {value} {share:.3f}</title></rect>")
             if cell >= 30:
-                dark = " class='onheat'" if value > 0.5 else ""
-                parts.append(f'<text x="{x + cell / 2}" y="{y + 17}" text-anchor="middle"{dark}>{value:.2f}</text>')
-    step = 1 if cell >= 22 else 5
+                dark = " class='onheat'" if share > 0.5 else ""
+                parts.append(f'<text x="{x + cell / 2}" y="{y + 17}" text-anchor="middle"{dark}>{share:.2f}</text>')
+    step = 1 if cell >= 22 else 5 if cell > 5 else 20
     parts += [f'<text x="{left + k * cell + cell / 2}" y="14" text-anchor="middle">{layer}</text>'
               for k, layer in enumerate(layers) if k % step == 0]
-    parts.append(f'<text x="{left - 8}" y="14" text-anchor="end" class="faint">layer</text>')
-    return _svg(left + len(layers) * cell + 8, 30 + len(rows) * high, "density by method and layer", parts)
+    parts.append(f'<text x="{left - 8}" y="14" text-anchor="end" class="faint">{escape(columns)}</text>')
+    title = title or f"{value} by method and {columns}"
+    return _svg(left + len(layers) * cell + 8, 30 + len(rows) * high, title, parts)
 
 
 def bars(groups: Mapping[str, Mapping[str, Interval]], labels: Sequence[str], notes: Mapping[str, str]) -> str:

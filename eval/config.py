@@ -19,10 +19,13 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .measures.networks import Networks
 
 DENSE = "dense"  # label of the untouched pipeline
-LIMIT = 10_000  # clips of one run
+LIMIT = 50_000  # clips of one run: VBench's prompts with five seeds and nine methods
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,39}")
 
 
@@ -62,6 +65,8 @@ class EvalConfig:
         measures: names; None takes all that can be taken.
         clips: how many prompts the report shows side by side.
         device: None takes the GPU when there is one.
+        attention: prompts (the first ones, first seed) whose attention is looked into, layer by layer.
+        dino, clip: folders with these networks, for VBench's own consistencies.
 
     The key `noise_ceiling: true` adds a method that is dense by another kernel.
     """
@@ -77,6 +82,16 @@ class EvalConfig:
     measures: tuple[str, ...] | None = None
     clips: int = 6
     device: str | None = None
+    attention: int = 0
+    dino: str | None = None
+    clip: str | None = None
+
+    @property
+    def networks(self) -> Networks:
+        """The folders as the measures take them."""
+        from .measures.networks import Networks
+
+        return Networks(*(None if name is None else Path(name) for name in (self.dino, self.clip)))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, in the form of the file."""
@@ -238,6 +253,8 @@ def _once(name: str, values: list[Any]) -> None:
 
 
 def _prompts(name: str, value: Any, folder: Path) -> tuple[str, ...]:
+    if isinstance(value, Mapping):
+        return _vbench_prompts(name, value)
     if isinstance(value, str):
         try:
             lines = (folder / value).read_text(encoding="utf-8").splitlines()
@@ -247,6 +264,28 @@ def _prompts(name: str, value: Any, folder: Path) -> tuple[str, ...]:
     prompts = [_text(f"{name}, entry {i}", prompt, folder).strip() for i, prompt in enumerate(_list(name, value), 1)]
     _once(name, prompts)
     return tuple(prompts)
+
+
+def _vbench_prompts(name: str, value: Mapping[str, Any]) -> tuple[str, ...]:
+    """VBench's prompts: `{vbench: all}`, or those of some dimensions."""
+    from .vbench_prompts import texts_of
+
+    _known(f"{name}: key", value, ("vbench",))
+    wanted = value.get("vbench")
+    if wanted == "all":
+        return tuple(texts_of())
+    if isinstance(wanted, str) or wanted is None:
+        raise ValueError(f"{name}, vbench is {wanted!r}; write all, or a list of dimensions")
+    try:
+        return tuple(texts_of(_text(f"{name}, vbench", entry, Path()) for entry in _list(f"{name}, vbench", wanted)))
+    except ValueError as error:
+        raise ValueError(str(error) if str(error).startswith(name) else f"{name}: {error}") from error
+
+
+def _network(name: str, value: Any, folder: Path) -> str:
+    from .measures.networks import check_network
+
+    return str(check_network("dino" if name == "dino" else "clip", (folder / _text(name, value, folder)).resolve()))
 
 
 def _seeds(name: str, value: Any, folder: Path) -> tuple[int, ...]:
@@ -309,4 +348,7 @@ KEYS: dict[str, Callable[[str, Any, Path], Any]] = {
     "clips": _whole(0, 100),
     "noise_ceiling": _flag,
     "device": _optional(_text),
+    "attention": _whole(0, 100),
+    "dino": _optional(_network),
+    "clip": _optional(_network),
 }

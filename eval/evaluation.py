@@ -1,6 +1,7 @@
 """`dit-sparse eval run`: every prompt with every seed, dense and with every method, measured into one folder.
 
     results.jsonl      one line for each finished clip; killed at any moment, the next run goes on behind the last line
+    attention.jsonl    one line for each prompt and method whose attention was looked into
     videos/            LABEL/001-SEED.mp4
     run.json           the configuration, the jobs it stands for, and the command
     environment.json   versions, device, date
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 
+from .attention import ATTENTION, AttentionWork, attention_jobs, density_map
 from .compare import timed, warm_up
 from .config import DENSE, EvalConfig
 from .measures.reference import latent_error
@@ -48,6 +50,10 @@ def jobs_of(config: EvalConfig, shape: Mapping[str, Any], weights: str = "") -> 
 
     options = {DENSE: "", **{entry.label: repr(SparseProc(entry.name, **entry.options)) for entry in config.methods}}
     fixed = {"pipeline": config.pipeline, "weights": weights, "fps": config.fps, **{n: shape.get(n) for n in SHAPE}}
+    # Only where there are some, so that runs without them go on as they began.
+    networks = {name: digest(path) for name, path in vars(config.networks).items() if path is not None}
+    if networks:
+        fixed["networks"] = networks
     measures = None if config.measures is None else list(config.measures)
     return [
         {"prompt": prompt, "seed": seed, "label": label, "options": text, "measures": measures, **fixed}
@@ -84,7 +90,8 @@ class EvaluationWork:
         clip, result = self._make(job, label, key)
         reference = self._dense[0] if self._dense is not None and label != DENSE else None
         values, reasons = measure(
-            clip, reference=reference, prompt=job["prompt"], fps=job["fps"], names=self.config.measures
+            clip, reference=reference, prompt=job["prompt"], fps=job["fps"], names=self.config.measures,
+            networks=self.config.networks,
         )
         path = self._write(job, clip)
         shape = {"frames": len(clip), "height": clip.shape[2], "width": clip.shape[3]}
@@ -108,7 +115,7 @@ class EvaluationWork:
             with self.bar(f"{label}: {job['prompt'][:40]}") as update, _peak_memory(self.pipe) as peak:
                 clip, seconds = timed(self.pipe, job["prompt"], job["seed"], shape | watch.hook(self.pipe, update),
                                       nullcontext())
-            report = summary(self.pipe).to_dict() if proc is not None else None
+            report = summary(self.pipe).to_dict() | density_map(self.pipe) if proc is not None else None
         finally:
             disable(self.pipe)
         if label == DENSE:
@@ -177,7 +184,8 @@ def _cost(pipe: Any, report: Mapping[str, Any] | None) -> Result:
     """What a sparse run's summary tells; a dense run has density 1 and nothing else."""
     if report is None:
         return {"density": 1.0}
-    names = ("tokens", "density", "sparse_density", "attention_seconds", "routing_seconds", "calls", "fallbacks")
+    names = ("tokens", "density", "sparse_density", "attention_seconds", "routing_seconds", "calls", "fallbacks",
+             "density_map")
     result: Result = {name: report[name] for name in names}
     result["per_layer"] = {str(layer): value for layer, value in report["per_layer"].items()}
     config = getattr(getattr(pipe, "transformer", None), "config", {})
@@ -216,10 +224,15 @@ def evaluate(
     from .report import write_report
 
     jobs = jobs_of(config, shape, weights)
-    finished(folder / RESULTS)  # refuses a foreign file before anything is written
-    _write_json(folder / RUN, {"command": command, "config": config.to_dict(), "jobs": [job_key(job) for job in jobs]})
+    looks = attention_jobs(config, jobs)
+    for name in (RESULTS, ATTENTION):
+        finished(folder / name)  # refuses a foreign file before anything is written
+    keys = {"jobs": [job_key(job) for job in jobs], "attention": [job_key(job) for job in looks]}
+    _write_json(folder / RUN, {"command": command, "config": config.to_dict(), **keys})
     _write_json(folder / ENVIRONMENT, environment(pipe))
     results = run(jobs, EvaluationWork(pipe, config, folder, bar), folder / RESULTS)
+    if looks:
+        run(looks, AttentionWork(pipe, config, bar), folder / ATTENTION)
     write_report(folder)
     return results
 

@@ -10,19 +10,18 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from . import charts
+from . import attention, charts, tables
 from .bootstrap import Interval
 from .config import CEILING, DENSE
 from .evaluation import REPORT
 from .measures.table import MEASURES, VBENCH
 from .results import Evaluation, interval_of, load_evaluation, number
 from .stylesheet import CSS
+from .tables import ARROWS, names_of
 
 # Nothing may be fetched, and no script may run: the page is data.
 _POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
 _LEAST_WIDTH = 192
-_ARROWS = {"higher": "higher is better", "lower": "lower is better", "zero": "nearest to 0 is best",
-           "neither": "informs only"}
 
 
 def write_report(folder: str | Path) -> Path:
@@ -53,6 +52,8 @@ def page(run: Evaluation) -> str:
         ("Quality by dimension", _dimensions(run)),
         ("VBench's own scores", _vbench(run)),
         ("Density by layer", _layers(run)),
+        ("Density by layer and step", _density_maps(run)),
+        ("Attention against dense attention", _attention(run)),
         ("Clips", _clips(run)),
         ("What was not measured", _unmeasured(run)),
         ("The measures", _glossary(run)),
@@ -64,6 +65,8 @@ def page(run: Evaluation) -> str:
     size = f"{some['width']}x{some['height']}, {some['frames']} frames"
     missing = run.planned - len(run.entries)
     state = f"<p class='warn'>Unfinished: {missing} of {run.planned} clips are missing.</p>" if missing else ""
+    if run.planned_looks > run.looked:
+        state += f"<p class='warn'>The attention of {run.planned_looks - run.looked} clips is not looked into yet.</p>"
     head = (
         f"<h1>Sparse attention on {escape(str(config['pipeline']))}</h1>"
         f"<p>{_count(config['prompts'], 'prompt')}, {_count(config['seeds'], 'seed')}, {escape(size)}, "
@@ -91,6 +94,10 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>"
 
 
+def _shown(table: tables.Table) -> str:
+    return _table(table.columns, table.rows)
+
+
 def _cell(cell: Any) -> str:
     if isinstance(cell, Interval):
         width = f"<span class='faint'>[{cell.low:.3g}, {cell.high:.3g}]</span>" if cell.prompts > 1 else ""
@@ -98,60 +105,22 @@ def _cell(cell: Any) -> str:
     return escape(f"{cell:.4g}" if isinstance(cell, float) else str(cell))
 
 
-def _mean(entries: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    values = [float(e["result"][name]) for e in entries if e["result"].get(name) is not None]
-    return sum(values) / len(values) if values else None
-
-
-def _share(part: float | None, whole: float | None) -> str | None:
-    return None if part is None or not whole else f"{100 * part / whole:.0f} %"
-
-
 def _speed(run: Evaluation) -> str:
-    rows = []
-    for label in run.labels:
-        entries = run.of(label)
-        seconds, steps, peak = _mean(entries, "seconds"), _mean(entries, "steps"), _mean(entries, "peak_bytes")
-        flops = [_mean(entries, name) for name in ("flops_computed", "flops_dense_equivalent")]
-        fallbacks = sum(sum(e["result"].get("fallbacks", {}).values()) for e in entries)
-        rows.append([
-            label, len(entries), interval_of(entries, "seconds"), seconds / steps if seconds and steps else None,
-            interval_of(entries, "speedup") if label != DENSE else 1.0, interval_of(entries, "density"),
-            _share(_mean(entries, "attention_seconds"), seconds), _share(_mean(entries, "routing_seconds"), seconds),
-            None if peak is None else f"{peak / 2**30:.2f} GiB",
-            *(None if value is None else f"{value / 1e12:.4g}" for value in flops), fallbacks,
-        ])
-    columns = ["method", "clips", "seconds a clip", "seconds a step", "speed-up", "density", "in attention", "in masks",
-               "peak memory", "attention TFLOP computed", "attention TFLOP dense-equivalent", "fallbacks"]
-    return _table(columns, rows) + (
+    return _shown(tables.speed(run)) + (
         "<p class='faint'>Seconds are of the whole call, text and decoding included; a clip's steps include its "
         "share. Density is the kept fraction over all attention calls, dense ones as 1.</p>"
     )
 
 
-def _names(run: Evaluation, *kinds: str) -> list[str]:
-    """Measures of these kinds that some clip has."""
-    have = {name for entry in run.entries for name in entry["result"]["values"]}
-    return [name for name, entry in MEASURES.items() if entry.kind in kinds and name in have]
-
-
 def _fidelity(run: Evaluation) -> str:
-    names = _names(run, "pair")
-    labels = [label for label in run.labels if label != DENSE]
-    if not names or not labels:
-        return ""
-    rows = [
-        [label, *(interval_of(run.of(label), name) for name in (*names, "latent_error"))] for label in labels
-    ]
-    columns = ["method", *(f"{name} ({_ARROWS[MEASURES[name].direction]})" for name in names),
-               "latent error at the last step (lower is better)"]
+    table = tables.fidelity(run)
     note = (f"<p class='faint'>{CEILING.label} is dense attention by another kernel: rounding alone moves a clip that "
-            "far.</p>" if CEILING.label in labels else "")
-    return _table(columns, rows) + note
+            "far.</p>" if CEILING.label in run.labels else "")
+    return _shown(table) + note if table else ""
 
 
 def _pareto(run: Evaluation) -> str:
-    name = next((n for n in ("psnr", *_names(run, "pair")) if n in _names(run, "pair")), None)
+    name = next((n for n in ("psnr", *names_of(run, "pair")) if n in names_of(run, "pair")), None)
     points = []
     for label in run.labels:
         x, y = (interval_of(run.of(label), wanted) for wanted in ("speedup", name or ""))
@@ -172,17 +141,19 @@ def _latents(run: Evaluation) -> str:
 
 def _dimensions(run: Evaluation) -> str:
     groups: dict[str, dict[str, Interval]] = {}
-    for name in _names(run, "clip", "prompt"):
+    for name in names_of(run, "clip", "prompt"):
         row = {label: interval_of(run.of(label), name) for label in run.labels}
         groups[name] = {label: value for label, value in row.items() if value is not None}
     if not groups:
         return ""
-    notes = {name: _ARROWS[MEASURES[name].direction] for name in groups}
+    notes = {name: ARROWS[MEASURES[name].direction] for name in groups}
     covered = {MEASURES[name].dimension for name in groups}
-    lacking = [f"{name} ({reason or 'no clip or prompt of this run shows it'})"
+    unmet = {entry.dimension: entry.unmet() for entry in MEASURES.values() if entry.network}
+    lacking = [f"{name} ({reason or unmet.get(name) or 'no clip or prompt of this run shows it'})"
                for name, reason in VBENCH.items() if name not in covered]
     text = (
-        "<p>VBench's formulas. Names ending in _proxy stand on other networks than VBench's, names beginning with "
+        "<p>VBench's formulas. Names ending in _proxy stand on other networks than VBench's (those without it are "
+        "VBench's own on the folders that the configuration names), names beginning with "
         "world_ on the pixels of the embedded model's world: compare methods by them, not with published scores. "
         "Flickering, smoothness and consistency are best for a frozen clip: read dynamic degree beside them.</p>"
     )
@@ -214,6 +185,49 @@ def _layers(run: Evaluation) -> str:
         if found:
             rows[label] = {layer: sum(values) / len(values) for layer, values in found.items()}
     return f"<div class='scroll'>{charts.heat_map(rows)}</div>" if rows else ""
+
+
+def _density_maps(run: Evaluation) -> str:
+    """One map for each method: layers as rows, steps as columns, mean over its clips."""
+    maps = []
+    for label in run.labels:
+        found: dict[int, dict[int, list[float]]] = {}
+        for entry in run.of(label):
+            for layer, row in (entry["result"].get("density_map") or {}).items():
+                for step, value in row.items():
+                    found.setdefault(int(layer), {}).setdefault(int(step), []).append(value)
+        if found:
+            maps.append(_map(label, "density", "step", {
+                layer: {step: sum(values) / len(values) for step, values in row.items()}
+                for layer, row in sorted(found.items())
+            }))
+    return "".join(maps)
+
+
+def _map(label: str, value: str, columns: str, rows: Mapping[int, Mapping[int, float]]) -> str:
+    """A heat map of shares by layer, under its method's name."""
+    named = {f"layer {layer}": row for layer, row in rows.items()}
+    title = f"{label}: {value} by layer and {columns}"
+    picture = charts.heat_map(named, columns=columns, value=value, title=title, compact=True)
+    return f"<figure class='map'><figcaption>{escape(title)}</figcaption><div class='scroll'>{picture}</div></figure>"
+
+
+def _attention(run: Evaluation) -> str:
+    """Recall, error and cosine of single calls, over all, by layer and step, and by layer and head."""
+    table = tables.calls(run)
+    if table is None:
+        return ""
+    maps = []
+    for label in run.labels:
+        by_step, by_head = attention.grids(run.attention.get(label, []), "recall")
+        maps += [_map(label, "recall", "step", by_step)] if by_step else []
+        maps += [_map(label, "recall", "head", by_head)] if by_head else []
+    return (
+        "<p>On the queries, keys and values of a dense run, one call at a time: errors do not add up here. Recall is "
+        "the share of the dense attention's mass on the pairs that a method keeps, error and cosine compare the "
+        "outputs. The table is the mean over the heads of all sparse calls; dense calls count 1 in the maps by step."
+        "</p>" + _shown(table) + "".join(maps)
+    )
 
 
 def _clips(run: Evaluation) -> str:
@@ -280,10 +294,10 @@ def _unmeasured(run: Evaluation) -> str:
 
 def _glossary(run: Evaluation) -> str:
     rows = []
-    for name in _names(run, "pair", "clip", "prompt"):
+    for name in names_of(run, "pair", "clip", "prompt"):
         entry = MEASURES[name]
         text = " ".join((entry.compute.__doc__ or "").split("Raises:")[0].split())
-        rows.append([name, text, entry.range, _ARROWS[entry.direction], entry.needs or "nothing"])
+        rows.append([name, text, entry.range, ARROWS[entry.direction], entry.needs or "nothing"])
     table = _table(["measure", "what it computes", "range", "direction", "needs"], rows)
     return f"<details><summary>formulas and sources</summary>{table}</details>"
 

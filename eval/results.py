@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .attention import ATTENTION
 from .bootstrap import Interval, interval, verdict
 from .config import DENSE
 from .evaluation import ENVIRONMENT, RESULTS, RUN
@@ -29,6 +30,8 @@ class Evaluation:
         environment: versions, device and date.
         entries: {"job": ..., "result": ...} of its finished clips, in the order of the jobs.
         planned: how many clips it has when it is finished.
+        attention: the calls of clips whose attention was looked into, by method; see `attention.look`.
+        looked, planned_looks: of how many clips that is, and will be when it is finished.
     """
 
     folder: Path
@@ -37,6 +40,9 @@ class Evaluation:
     environment: dict[str, Any]
     entries: list[dict[str, Any]]
     planned: int
+    attention: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    looked: int = 0
+    planned_looks: int = 0
 
     @property
     def labels(self) -> list[str]:
@@ -56,12 +62,17 @@ def load_evaluation(folder: str | Path) -> Evaluation:
     """
     folder = Path(folder)
     content = _read(folder / RUN)
-    known = finished(folder / RESULTS)
+    known, looks = finished(folder / RESULTS), finished(folder / ATTENTION)
     try:
         keys = list(content["jobs"])
         entries = [known[key] for key in keys if key in known]
         command, config = str(content["command"]), dict(content["config"])
         environment = _read(folder / ENVIRONMENT)
+        planned_looks = list(content.get("attention", []))
+        looked = [looks[key] for key in planned_looks if key in looks]
+        attention: dict[str, list[dict[str, Any]]] = {}
+        for entry in looked:
+            attention.setdefault(entry["job"]["label"], []).extend(entry["result"]["calls"])
     except (LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / RUN} is damaged ({type(error).__name__}); run `eval run` again") from error
     if not entries:
@@ -72,7 +83,9 @@ def load_evaluation(folder: str | Path) -> Evaluation:
         # The speed-up belongs to a pair of clips: it is worked out here, so that no line depends on another.
         base = speeds.get((entry["job"]["prompt"], entry["job"]["seed"]))
         entry["result"]["speedup"] = base / entry["result"]["seconds"] if base else None
-    return Evaluation(folder, command, config, environment, entries, len(keys))
+    return Evaluation(
+        folder, command, config, environment, entries, len(keys), attention, len(looked), len(planned_looks)
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:

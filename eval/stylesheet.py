@@ -19,6 +19,8 @@ th, td { text-align: left; padding: 5px 12px 5px 0; border-bottom: 1px solid var
 th { font-weight: 600; color: var(--faint); min-width: 72px; }
 pre { background: var(--soft); padding: 10px 12px; border-radius: 6px; overflow-x: auto; font-size: 13px; }
 figure { margin: 14px 0 28px; } figcaption { font-weight: 600; margin-bottom: 6px; }
+figure.map { display: inline-block; vertical-align: top; max-width: 100%; margin: 6px 24px 10px 0; }
+figure.map figcaption { font-weight: 400; font-size: 13px; }
 video, img { max-width: 100%; display: block; border-radius: 4px; }
 summary { cursor: pointer; color: var(--faint); font-size: 13px; margin: 6px 0; }
 svg { max-width: 100%; height: auto; display: block; }

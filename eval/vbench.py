@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -137,24 +137,50 @@ def read_scores(*paths: str | Path) -> Scores:
     return scores(raw)
 
 
-def export_videos(folder: str | Path, label: str, output: str | Path) -> list[Path]:
+@dataclass(frozen=True)
+class Export:
+    """What `export_videos` wrote.
+
+    Attributes:
+        files: the videos.
+        coverage: by dimension, how many of VBench's prompts have a video, and how many it has; those with none are
+            left out, so that it is empty for prompts of one's own (VBench's --mode=custom_input takes those).
+    """
+
+    files: list[Path]
+    coverage: dict[str, tuple[int, int]]
+
+
+def export_videos(
+    folder: str | Path, label: str, output: str | Path, *, dimensions: Iterable[str] | None = None
+) -> Export:
     """Copy a method's videos to PROMPT-INDEX.mp4, index counting the seeds from 0: the layout that VBench reads.
+
+    Nothing else is written there: VBench takes the type of the first file that it finds for that of all.
 
     Args:
         folder: of `dit-sparse eval run`.
         label: the method.
         output: a folder, made when it is missing.
+        dimensions: only videos of the prompts that VBench has for these; None takes all videos of the method.
 
     Raises:
-        ValueError: no run, an unknown label, a video that is gone, or a prompt that no file can be named after.
+        ValueError: no run, an unknown label or dimension, no prompt of these dimensions, a video that is gone, or a
+            prompt that no file can be named after.
     """
+    from .vbench_prompts import coverage, texts_of
+
     run, output = load_evaluation(folder), Path(output)
     if label not in run.labels:
         raise ValueError(f"{folder} has no method {label!r}; use one of {', '.join(run.labels)}")
+    names = None if dimensions is None else list(dimensions)
+    wanted = None if names is None else set(texts_of(names))
     plan: list[tuple[Path, Path]] = []
     counts: dict[str, int] = {}
     for entry in run.of(label):
         prompt = entry["job"]["prompt"]
+        if wanted is not None and prompt not in wanted:
+            continue
         name = f"{prompt}-{counts.get(prompt, 0)}.mp4"
         counts[prompt] = counts.get(prompt, 0) + 1
         if "/" in name or "\0" in name or len(name.encode()) > 255:
@@ -163,10 +189,15 @@ def export_videos(folder: str | Path, label: str, output: str | Path) -> list[Pa
         if not source.is_file():
             raise ValueError(f"{source} is gone; run `eval run` in a new folder")
         plan.append((source, output / name))
+    if not plan:
+        raise ValueError(f"{folder} has no video of VBench's prompts for {', '.join(names or [])}; run its prompts "
+                         "(`prompts: {vbench: [...]}`), or leave --dimension out")
     output.mkdir(parents=True, exist_ok=True)
     for source, target in plan:
-        shutil.copyfile(source, target)
-    return [target for _, target in plan]
+        with finished_file(target) as part:
+            shutil.copyfile(source, part)
+    covered = {name: counted for name, counted in coverage(counts).items() if counted[0]}
+    return Export([target for _, target in plan], covered)
 
 
 def keep_scores(folder: str | Path, label: str, found: Scores) -> None:

@@ -5,19 +5,34 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .console import UserError, print_json, print_pairs, print_table, progress, refusing, warn
 from .request import check_writable, shape_of, warn_of_unknown_words
+
+if TYPE_CHECKING:
+    from ..eval.config import EvalConfig
 
 
 def evaluate(config_file: Path, *, output: Path | None = None, as_json: bool = False) -> None:
     """Check the configuration, make and measure what is missing in the folder, write the report, print a table."""
     with refusing():
-        from ..eval.config import EvalConfig, read_config
+        from ..eval.config import read_config
 
-        config: EvalConfig = read_config(config_file)
+        config = read_config(config_file)
     folder = output or Path(f"eval-{config_file.stem}")
+    run_config(config, folder, ["dit-sparse", "eval", "run", str(config_file), "--output", str(folder)])
+    show(folder, as_json=as_json)
+
+
+def run_config(config: EvalConfig, folder: Path, words: list[str]) -> None:
+    """Make and measure what is missing in a folder, and write its report.
+
+    Args:
+        config: what to make.
+        folder: made or continued.
+        words: the command that makes it, for the report.
+    """
     from .run import open_pipeline, stay_offline
 
     stay_offline(config.pipeline)
@@ -41,17 +56,16 @@ def evaluate(config_file: Path, *, output: Path | None = None, as_json: bool = F
     from ..eval.evaluation import evaluate as run_evaluation
     from ..pipelines.load import locate
 
-    words = ["dit-sparse", "eval", "run", str(config_file), "--output", str(folder)]
     with refusing(ValueError, SparseFallbackError, MemoryError, torch.OutOfMemoryError):
         run_evaluation(
             config, shape.arguments(), pipe, folder, command=shlex.join(words), bar=progress,
             weights=digest(locate(config.pipeline)),
         )
-    show(folder, as_json=as_json)
 
 
 def _prepare(folder: Path) -> None:
     """The folder exists and takes files; one that holds something else is refused."""
+    from ..eval.attention import ATTENTION
     from ..eval.evaluation import REPORT, RESULTS, RUN
     from ..eval.run import finished
 
@@ -62,7 +76,8 @@ def _prepare(folder: Path) -> None:
     with refusing(OSError, prefix=f"--output {folder}: "):
         folder.mkdir(parents=True, exist_ok=True)
     with refusing():
-        finished(folder / RESULTS)
+        for name in (RESULTS, ATTENTION):
+            finished(folder / name)
     check_writable(folder / RESULTS, folder / REPORT)
 
 
@@ -87,7 +102,8 @@ def show(folder: Path, *, as_json: bool = False, write: bool = False) -> None:
         run = load_evaluation(folder)
         names = [*COSTS, *(name for name in MEASURES if any(name in e["result"]["values"] for e in run.entries))]
         rows = table_rows(run, names)
-    files = [str(folder / name) for name in ("report.html", "results.jsonl", "environment.json", "videos")]
+    kept = ("report.html", "results.jsonl", *(["attention.jsonl"] if run.attention else []), "environment.json")
+    files = [str(folder / name) for name in (*kept, "videos")]
     if as_json:
         plain = [{name: dataclasses.asdict(v) if isinstance(v, Interval) else v for name, v in row.items()}
                  for row in rows]
@@ -126,7 +142,7 @@ def list_measures(as_json: bool = False) -> None:
 
     rows = [
         {"name": m.name, "kind": m.kind, "range": m.range, "direction": m.direction, "needs": m.needs,
-         "reencode_bound": m.reencode_bound, "dimension": m.dimension, "missing": m.missing()}
+         "reencode_bound": m.reencode_bound, "dimension": m.dimension, "missing": m.unmet()}
         for m in MEASURES.values()
     ]
     if as_json:
@@ -145,7 +161,7 @@ def blind_spots(*, size: int = 128, frames: int = 13, measures: list[str] | None
         from ..eval.measures import degradations
         from ..eval.measures.table import MEASURES, check_names
 
-        names = check_names(measures or [name for name, m in MEASURES.items() if not m.missing()])
+        names = check_names(measures or [name for name, m in MEASURES.items() if not m.unmet()])
         clips = [degradations.draw(prompt, frames, size) for prompt in degradations.PROMPTS]
     with progress("measuring") as update:
         found: dict[str, dict[str, list[float]]] = {}
@@ -175,16 +191,42 @@ def blind_spots(*, size: int = 128, frames: int = 13, measures: list[str] | None
     })
 
 
-def export_vbench(folder: Path, method: str, output: Path, *, as_json: bool = False) -> None:
-    """Copy a method's videos into VBench's layout."""
+def export_vbench(
+    output: Path, *, folder: Path | None = None, method: str | None = None, dimensions: list[str] | None = None,
+    as_json: bool = False,
+) -> None:
+    """Copy a method's videos into VBench's layout; without a folder, write VBench's prompts in its layout."""
+    if (folder is None) != (method is None):
+        raise UserError("FOLDER and METHOD belong together; give both for videos, or none for VBench's prompts")
     with refusing(ValueError, OSError):
-        from ..eval.vbench import export_videos
+        if folder is None or method is None:
+            from ..eval.vbench_prompts import prompts_of, write_prompts
 
-        files = [str(path) for path in export_videos(folder, method, output)]
+            files, covered = write_prompts(output, dimensions), None
+            count = len(prompts_of(dimensions))
+        else:
+            from ..eval.vbench import export_videos
+
+            done = export_videos(folder, method, output, dimensions=dimensions)
+            files, covered = done.files, done.coverage
+    names = [str(path) for path in files]
     if as_json:
-        print_json({"method": method, "files": files})
+        print_json({"method": method, "files": names, "coverage": covered})
+    elif covered is None:
+        print_pairs({"prompts": count, "written": names})
     else:
-        print_pairs({"videos": len(files), "written": str(output)})
+        print_pairs({"videos": len(names), "written": str(output)})
+        _say_coverage(covered)
+
+
+def _say_coverage(covered: dict[str, tuple[int, int]]) -> None:
+    """How much of each dimension a folder of videos covers: VBench scores what it finds, and warns of the rest."""
+    if not covered:
+        warn("none of these prompts is VBench's: its standard mode finds no video (use --mode=custom_input there)")
+        return
+    print_table(["dimension", "prompts", "of"], [[name, some, every] for name, (some, every) in covered.items()])
+    if any(some < every for some, every in covered.values()):
+        warn("scores of a dimension that is not complete cannot be compared with published ones")
 
 
 def import_vbench(

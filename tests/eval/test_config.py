@@ -57,7 +57,10 @@ WRONG = {
     "NaN": ({"guidance": float("nan")}, "guidance is nan; use a number"),
     "measure": ({"measures": ["vnaf"]}, "measure 'vnaf' is unknown"),
     "flag": ({"noise_ceiling": "yes"}, "noise_ceiling is 'yes'; write true or false"),
-    "too many": ({"seeds": list(range(9000))}, "18000 clips; the limit is 10000"),
+    "too many": ({"seeds": list(range(30000))}, "60000 clips; the limit is 50000"),
+    "attention": ({"attention": -1}, "attention is -1; use a whole number from 0 to 100"),
+    "attention true": ({"attention": True}, "attention is True; write a whole number from 0 to 100"),
+    "dino": ({"dino": "nowhere"}, "nowhere is no folder; name one with config.json and model.safetensors"),
     "cache": ({"methods": [{"name": "svg", "options": {"step_cache": 1}}]}, "step_cache takes an object"),
 }
 

@@ -19,7 +19,7 @@ from tests.tiny_wan import build_tiny_wan
 SHAPE = {"frames": 5, "height": 64, "width": 64, "steps": 2, "guidance_scale": 1.0}
 PROMPTS = [f"a {colour} circle moving left on a black background" for colour in ("red", "green", "blue")]
 CONFIG = parse_config({
-    "pipeline": "tiny", "prompts": PROMPTS, "clips": 2,
+    "pipeline": "tiny", "prompts": PROMPTS, "clips": 2, "attention": 1,
     "methods": ["svg", {"name": "radial", "label": "radial-1", "options": {"decay": 1.0, "dense_steps": 0}}],
     "measures": ["psnr", "ssim", "flicker_difference", "temporal_flickering", "world_color", "ms_ssim"],
 })
@@ -42,7 +42,7 @@ def folder(pipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_leaves_everything(folder: Path) -> None:
     assert {file.name for file in folder.iterdir()} == {
-        "results.jsonl", "run.json", "environment.json", "report.html", "videos"
+        "results.jsonl", "attention.jsonl", "run.json", "environment.json", "report.html", "videos"
     }
     assert len(list((folder / "videos").rglob("*.mp4"))) == 3 * 3
     run = load_evaluation(folder)
@@ -51,6 +51,9 @@ def test_a_run_leaves_everything(folder: Path) -> None:
     assert "psnr" not in dense["values"] and 0 < svg["values"]["psnr"] <= 100
     assert len(svg["latent_errors"]) == 2 and dense["latent_errors"] == []
     assert svg["flops_computed"] == pytest.approx(svg["density"] * svg["flops_dense_equivalent"])
+    assert {layer: set(row) for layer, row in svg["density_map"].items()} == {"0": {"0", "1"}, "1": {"0", "1"}}
+    means = {layer: sum(row.values()) / len(row) for layer, row in svg["density_map"].items()}
+    assert means == pytest.approx(svg["per_layer"], abs=1e-3)
     assert set(svg["per_layer"]) == {"0", "1"} and "161 pixels" in svg["reasons"]["ms_ssim"]
     assert json.loads((folder / "environment.json").read_text())["torch"]
 
@@ -69,6 +72,26 @@ def test_a_killed_run_goes_on(folder: Path, pipe, tmp_path: Path, monkeypatch: p
     first = [json.loads(line)["result"] for line in lines]
     for again, before in zip(results, first, strict=True):
         assert again["values"] == before["values"] and again["latent_errors"] == before["latent_errors"]
+
+
+def test_attention_is_looked_into_once(folder: Path, pipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = load_evaluation(folder)
+    assert set(run.attention) == {"svg", "radial-1"} and run.looked == run.planned_looks == 2
+    # two layers, two steps; svg leaves the first step and the first layer dense
+    kinds = {(c["layer"], c["step"]): c["kind"] for c in run.attention["svg"]}
+    assert kinds == {(0, 0): "dense", (0, 1): "dense", (1, 0): "dense", (1, 1): "sparse"}
+    shutil.copytree(folder, tmp_path / "again")
+    lines = (folder / "attention.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "again" / "attention.jsonl").write_bytes(lines[0] + lines[1][:100])
+    text = write_report(tmp_path / "again").read_text()
+    assert "attention of 1 clips is not looked into yet" in text
+    looked = []
+    work = evaluation.AttentionWork.__call__
+    monkeypatch.setattr(evaluation.AttentionWork, "__call__", lambda self, job: looked.append(job["label"]) or work(
+        self, job))
+    evaluate(CONFIG, SHAPE, pipe, tmp_path / "again", command="again")
+    assert looked == ["radial-1"]
+    assert (tmp_path / "again" / "attention.jsonl").read_bytes() == b"".join(lines)
 
 
 def test_an_unfinished_run_can_be_looked_at(folder: Path, tmp_path: Path) -> None:
@@ -146,7 +169,8 @@ def test_page_is_self_contained_and_escaped(folder: Path) -> None:
     links = re.findall(r"(?:src|href|srcset|action)\s*=\s*['\"]([^'\"]{0,40})", text)
     assert links and all(link.startswith("data:") for link in links)
     assert "url(" not in text and "@import" not in text and "<script" not in text
-    for part in ("Speed against fidelity", "Density by layer", "Quality by dimension", "Clips"):
+    for part in ("Speed against fidelity", "Density by layer", "Density by layer and step", "Quality by dimension",
+                 "Attention against dense attention", "Clips"):
         assert f"<h2>{part}</h2>" in text
 
 
@@ -189,7 +213,8 @@ def test_page_in_a_browser(folder: Path, tmp_path: Path) -> None:
     seen = json.loads(found[1].replace("&amp;", "&"))
     assert seen["bad"] == []
     assert len(seen["images"]) == len(seen["videos"]) == 2 and all(seen["images"] + seen["videos"])
-    assert len(seen["charts"]) == 4 and all(seen["charts"]) and seen["tables"] >= 4 and not seen["wide"]
+    # four of the whole run, and of each method density by layer and step, recall by step and by head
+    assert len(seen["charts"]) == 4 + 2 * 3 and all(seen["charts"]) and seen["tables"] >= 4 and not seen["wide"]
     # The page as it is: no messages in its console, and a picture that is no blank sheet.
     done = headless(tmp_path, f"--screenshot={tmp_path / 'page.png'}", (folder / "report.html").as_uri())
     assert "CONSOLE" not in done.stderr, done.stderr[-500:]
