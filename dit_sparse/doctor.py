@@ -129,12 +129,15 @@ def _devices() -> list[Check]:
 
 
 def _backends() -> list[Check]:
+    from . import routing
     from .kernels.attention import device_backends
 
-    return [
+    checks = [
         Check(f"backend {name}", "ok" if available else "note", reason or "can run")
         for name, available, reason in device_backends()
     ]
+    used, words = routing.state()
+    return [*checks, Check("routing kernels", "ok" if used else "note", words)]
 
 
 def _methods() -> list[Check]:

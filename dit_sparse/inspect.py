@@ -15,6 +15,7 @@ from .blockmask import BlockMask
 from .grid import TokenGrid
 from .methods import build
 from .methods.base import Call, Method
+from .operators import Drop
 from .tilecount import TileReport, simulate_gna
 
 __all__ = ["InspectReport", "TileReport", "draw_mask", "inspect_method", "planted_call", "simulate_gna"]
@@ -135,7 +136,8 @@ def inspect_method(
     """
     method = build(name, **(options or {}))
     method.check(grid)
-    mask = method.plan(planted_call(grid, _heads(method))).mask
+    plan = method.plan(planted_call(grid, _heads(method)))
+    mask = plan.mask
     written = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
     common: dict[str, Any] = {
         "method": name,
@@ -165,6 +167,8 @@ def inspect_method(
             "the mask depends on the activations; here they are made up: of three heads one "
             + ", one ".join(HEADS)
         )
+    if not isinstance(plan.operator, Drop):
+        notes.append(f"{plan.operator.title}; density and speed-ups leave them out")
     return InspectReport(
         **common,
         block_size=mask.query.block_size,

@@ -56,6 +56,7 @@ class CallRecord:
         density: kept fraction of the (query, key) pairs; a tensor is read only by `Report.summary`.
         reused: the mask was remembered from an earlier step.
         backend: the kernel that ran.
+        operator: what was computed for the mask.
         watch: marks at start, after routing, at the end.
     """
 
@@ -67,6 +68,7 @@ class CallRecord:
     density: float | torch.Tensor = 1.0
     reused: bool = False
     backend: str = ""
+    operator: str = ""
     watch: Stopwatch | None = None
 
 
@@ -84,6 +86,7 @@ class Summary:
         per_layer, per_step: mean density by layer and by step.
         attention_seconds, routing_seconds: time inside the attention calls, and the part spent on masks.
         backends: kernels that ran, counted.
+        operators: what the sparse calls computed for their masks, counted.
         memory_bytes: what cross-step memory holds.
         coverage: attention layers left untouched, with the reason.
         notes: remarks on options that had no effect.
@@ -108,6 +111,7 @@ class Summary:
     attention_seconds: float = 0.0
     routing_seconds: float = 0.0
     backends: dict[str, int] = field(default_factory=dict)
+    operators: dict[str, int] = field(default_factory=dict)
     memory_bytes: int = 0
     layers: int = 0
     coverage: dict[str, str] = field(default_factory=dict)
@@ -122,6 +126,7 @@ class Summary:
             ("method", self.method),
             ("device", self.device or "-"),
             ("backend", ", ".join(f"{name} ({n} calls)" for name, n in self.backends.items()) or "-"),
+            ("operator", "; ".join(f"{name} ({n} calls)" for name, n in self.operators.items()) or "-"),
             ("tokens", f"{self.tokens} ({self.grid})" if self.tokens else "-"),
             ("density", self._density_text()),
             ("calls", f"{self.calls}: {self.sparse_calls} sparse, {self.dense_calls} dense by plan, "
@@ -199,7 +204,7 @@ def summarize(method: str, reports: Iterable[Report]) -> Summary:
         A Summary without the fields that only the session knows (device, grid, coverage, notes).
     """
     result = Summary(method=method)
-    dense, fallbacks, backends = Counter[str](), Counter[str](), Counter[str]()
+    dense, fallbacks, backends, operators = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
     by_layer: dict[int, list[float]] = {}
     by_step: dict[int, list[float]] = {}
     sparse: list[float] = []
@@ -213,6 +218,7 @@ def summarize(method: str, reports: Iterable[Report]) -> Summary:
             if record.kind == "sparse":
                 sparse.append(density)
                 result.reused_masks += record.reused
+                operators[record.operator] += 1
             elif record.kind == "dense":
                 dense[record.reason] += 1
             else:
@@ -227,6 +233,7 @@ def summarize(method: str, reports: Iterable[Report]) -> Summary:
     result.sparse_calls, result.dense_calls = len(sparse), sum(dense.values())
     result.calls = len(sparse) + sum(dense.values()) + sum(fallbacks.values())
     result.dense_reasons, result.fallbacks, result.backends = dict(dense), dict(fallbacks), dict(backends)
+    result.operators = {name: n for name, n in operators.items() if name}
     result.sparse_density = sum(sparse) / len(sparse) if sparse else None
     if result.calls:
         result.density = (sum(sparse) + result.calls - len(sparse)) / result.calls

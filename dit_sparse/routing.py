@@ -17,14 +17,10 @@ from .blockmask import BlockLayout, BlockMask
 from .kernels.attention import triton_reasons
 from .selection import Rule
 
-__all__ = ["KERNELS_BY_DEFAULT", "Rule", "kernel_reasons", "listed_mass", "lists_of_scores", "plain_calls", "pool",
-           "route", "row_errors"]
+__all__ = ["Rule", "kernel_reasons", "listed_mass", "lists_of_scores", "plain_calls", "pool", "route",
+           "route_means", "row_errors", "state"]
 
-# Becomes True once the routing kernels are measured on a GPU (docs/routing.md); then every CUDA device uses them.
-# Until then, and to switch them off afterwards: DIT_SPARSE_ROUTING=1 or 0.
-KERNELS_BY_DEFAULT = False
-
-_ON, _OFF = ("1", "true", "on"), ("0", "false", "off")
+_OFF = ("0", "false", "off")  # values of DIT_SPARSE_ROUTING that keep the kernels away from a GPU
 _MAX_HEAD_DIM = 128  # of the values; `triton_reasons` tests that of the keys
 _MAX_KEY_BLOCKS = 8192  # a row of scores lies in the registers of one program
 
@@ -45,19 +41,28 @@ def kernel_reasons(x: Tensor, key_blocks: int = 0) -> list[str]:
     return reasons
 
 
+def state() -> tuple[bool, str]:
+    """Whether the kernels run by themselves on this machine's GPU, and in words what does."""
+    x = torch.empty(1, 0, 1, 64, device="cuda" if torch.cuda.is_available() else "cpu")
+    if reasons := kernel_reasons(x):
+        return False, f"masks are made in plain PyTorch: {reasons[0]}"
+    wanted = os.environ.get("DIT_SPARSE_ROUTING", "")
+    if wanted.strip().lower() in _OFF:
+        return False, f"switched off by DIT_SPARSE_ROUTING={wanted}: masks are made in plain PyTorch"
+    return True, "Triton kernels make the masks"
+
+
 def _use_kernels(x: Tensor, key_blocks: int, kernels: bool | None, *others: Tensor, also: str = "") -> bool:
     """Whether this call takes the kernels.
 
     Args:
         x, key_blocks: as in `kernel_reasons`.
-        kernels: True: yes, or ValueError; False: no; None: on a GPU, if they are switched on and can.
+        kernels: True: yes, or ValueError; False: no; None: on a GPU, if they can and are not switched off.
         others: more activations that they must be able to take.
         also: one more reason why they cannot.
     """
     if kernels is None:
-        wanted = os.environ.get("DIT_SPARSE_ROUTING", "").strip().lower()
-        on = wanted in _ON or (KERNELS_BY_DEFAULT and wanted not in _OFF)
-        if x.device.type != "cuda" or not on:
+        if x.device.type != "cuda" or os.environ.get("DIT_SPARSE_ROUTING", "").strip().lower() in _OFF:
             return False
     elif not kernels:
         return False
@@ -119,8 +124,9 @@ def _check_rule(rule: Rule, batch: int, heads: int, query_layout: BlockLayout, k
             reversed(amount.shape), (1, nq, heads, batch), strict=False))
         if not fits:
             raise ValueError(f"Rule: amount is {tuple(amount.shape)}; it must broadcast to {(batch, heads, nq, 1)}")
-    if rule.own and query_layout.blocks != key_layout.blocks:
-        raise ValueError("Rule: own=True needs as many query as key blocks, not "
+    if (rule.own or rule.near) and query_layout.blocks != key_layout.blocks:
+        asked = "own=True" if rule.own else f"near={rule.near}"
+        raise ValueError(f"Rule: {asked} needs as many query as key blocks, not "
                          f"{query_layout.blocks} and {key_layout.blocks}")
 
 
@@ -171,7 +177,8 @@ def route(
     Expert args:
         key_mask: bool (B, Lk), True where the key is a real token: others do not enter the means.
         max_width: most blocks that any row keeps, when known. Blocks beyond it would be lost.
-        kernels: True: Triton kernels, or ValueError; False: plain PyTorch; None: kernels where they are switched on.
+        kernels: True: Triton kernels, or ValueError; False: plain PyTorch; None: kernels on a GPU, unless
+            DIT_SPARSE_ROUTING=0.
 
     Returns:
         The mask: lists in rising order, whole blocks first, short ones after. Both paths give the same mask
@@ -182,15 +189,49 @@ def route(
         _check_layout(f"route: {name}", layout, x)
     key_mask = _check_mask("route: key_mask", key_mask, key.shape[0], key.shape[1])
     _check_rule(rule, query.shape[0], query.shape[2], query_layout, key_layout)
-    if _use_kernels(query, key_layout.blocks, kernels, key):
+    used = _use_kernels(query, key_layout.blocks, kernels, key)
+    block_query = pool(query, query_layout, kernels=used)
+    block_key = pool(key, key_layout, mask=key_mask, kernels=used)
+    return _route(block_query, block_key, query_layout, key_layout, scale, rule, max_width, used)
+
+
+def route_means(
+    block_query: Tensor,
+    block_key: Tensor,
+    query_layout: BlockLayout,
+    key_layout: BlockLayout,
+    scale: float,
+    rule: Rule,
+    *,
+    max_width: int | None = None,
+    kernels: bool | None = None,
+) -> BlockMask:
+    """`route` from means that are there already, for methods that need them for more than this.
+
+    Args:
+        block_query: float32 (B, H, nq, D); block_key: float32 (B, H, nk, D), as `pool` makes them.
+        query_layout, key_layout, scale, rule, max_width, kernels: as in `route`.
+    """
+    B, H, _, D = block_query.shape
+    for name, x, layout in (("block_query", block_query, query_layout), ("block_key", block_key, key_layout)):
+        _check_shape(f"route_means: {name}", x, (B, H, layout.blocks, D), dtypes=(torch.float32,))
+    _check_rule(rule, B, H, query_layout, key_layout)
+    used = _use_kernels(block_query, key_layout.blocks, kernels, block_key)
+    return _route(block_query, block_key, query_layout, key_layout, scale, rule, max_width, used)
+
+
+def _route(
+    block_query: Tensor, block_key: Tensor, query_layout: BlockLayout, key_layout: BlockLayout, scale: float,
+    rule: Rule, max_width: int | None, kernels: bool,
+) -> BlockMask:
+    """The mask from block means, by the kernels or in plain PyTorch."""
+    if kernels:
         from .kernels.routing import route_triton
 
-        block_query = pool(query, query_layout, kernels=True)
-        block_key = pool(key, key_layout, mask=key_mask, kernels=True)
         return _as_mask(route_triton(block_query, block_key, scale, rule, query_layout.lengths, key_layout.lengths,
                                      key_layout.block_size, max_width), query_layout, key_layout)
-    keep = scoring.select_pooled(query, key, query_layout, key_layout, scale,
-                                 lambda scores, heads: rule.of_heads(heads).keep(scores), key_mask=key_mask)
+    keep = scoring.select_means(block_query, block_key, scale,
+                                lambda scores, heads: rule.of_heads(heads).keep(scores))
     return BlockMask.from_dense(keep, query_layout, key_layout, max_width=max_width)
 
 

@@ -117,11 +117,56 @@ def select_pooled(
     Returns:
         bool (B, H, nq, nk).
     """
-    block_query = pool(query, query_layout) * scale
-    block_key = pool(key, key_layout, mask=key_mask).transpose(-1, -2)
-    numbers = 4 * query.shape[0] * query_layout.blocks * key_layout.blocks
-    chunks = head_chunks(query.shape[2], numbers)
-    return torch.cat([select(block_query[:, heads] @ block_key[:, heads], heads) for heads in chunks], dim=1)
+    return select_means(pool(query, query_layout), pool(key, key_layout, mask=key_mask), scale, select)
+
+
+def select_means(
+    block_query: Tensor, block_key: Tensor, scale: float, select: Callable[[Tensor, slice], Tensor]
+) -> Tensor:
+    """`select_pooled` from means that are there already.
+
+    Args:
+        block_query: float32 (B, H, nq, D); block_key: float32 (B, H, nk, D).
+        scale, select: as in `select_pooled`.
+
+    Returns:
+        bool (B, H, nq, nk).
+    """
+    batch, heads, nq, _ = block_query.shape
+    block_query, block_key = block_query * scale, block_key.transpose(-1, -2)
+    chunks = head_chunks(heads, 4 * batch * nq * block_key.shape[-1])
+    return torch.cat([select(block_query[:, part] @ block_key[:, part], part) for part in chunks], dim=1)
+
+
+def pooled_moments(
+    block_query: Tensor, block_key: Tensor, scale: float, *, real: Tensor | None = None, diagonal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance of every row of pooled scores, without making the scores.
+
+    The scores of a row are scale q.k_j, so their mean is scale q.mean(k) and their variance scale^2 q^T C q, with C the
+    covariance of the mean keys. Source: Sol-Attn, arXiv 2607.24027.
+
+    Args:
+        block_query: float32 (B, H, nq, D); block_key: float32 (B, H, nk, D).
+        scale: softmax scale.
+        real: bool, (nk,) or (B|1, H|1, nk): key blocks that hold keys; the others do not count. None: all.
+        diagonal: only the diagonal of C, which takes channels for uncorrelated: D numbers of a head instead of D x D.
+
+    Returns:
+        Mean and variance over the row (population, not sample), float32 (B, H, nq, 1) each.
+    """
+    weight = torch.ones(1, 1, block_key.shape[2], 1, device=block_key.device, dtype=block_key.dtype)
+    if real is not None:
+        weight = real.reshape(*[1] * (3 - real.dim()), *real.shape)[..., None].to(block_key.dtype)
+    weight = weight / weight.sum(2, keepdim=True).clamp(min=1)
+    centre = (weight * block_key).sum(2, keepdim=True)
+    spread = block_key - centre
+    if diagonal:
+        variance = block_query.square() @ (weight * spread.square()).sum(2)[..., None]
+    else:
+        covariance = spread.transpose(-1, -2) @ (weight * spread)
+        variance = ((block_query @ covariance) * block_query).sum(-1, keepdim=True)
+    return block_query @ centre.transpose(-1, -2) * scale, variance * scale**2
 
 
 def sampled_row_attention(

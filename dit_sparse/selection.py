@@ -28,6 +28,29 @@ def count_of_density(blocks: int, density: float) -> int:
     return min(blocks, max(1, math.ceil(blocks * density - 1e-9)))
 
 
+def rows_kept(density: float, video: int, sink: int, text: int, *, count_forced: bool) -> int:
+    """Key blocks that the ranking gives every query block, for a density of the whole mask.
+
+    Args:
+        density: asked kept fraction.
+        video, sink, text: number of blocks that hold video, those of them that are kept anyway in rows and columns
+            and take no part in the ranking, and those that hold text, kept alike.
+        count_forced: rows and columns of sink and text are part of the density; the ranking then looks only
+            at the other blocks, and gives at least half of the density.
+
+    Returns:
+        The number, at least 1.
+    """
+    least = count_of_density(video, density)
+    if not count_forced or sink == video:
+        return least
+    blocks = video + text
+    left = density * blocks**2 - (sink + text) * blocks
+    return min(
+        video - sink, max(count_of_density(video, density / 2), round(left / (video - sink)) - sink - text)
+    )
+
+
 def _ranked(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Scores sorted from the highest, equal ones by lower index, and their places."""
     return torch.sort(scores, dim=-1, descending=True, stable=True)
@@ -193,6 +216,8 @@ class Rule:
         forced_columns: a slice, or bool (nk,) or (B|1, H|1, nk): key blocks that are seen by everyone, although they
             take part in the choice.
         own: each query block sees its own key block.
+        near: key blocks less than so far from the query block's own rank before all others, so they are kept, and count
+            among the chosen: 1 its own, 2 its neighbours as well. With top_k and threshold, without softmax.
     """
 
     kind: Literal["top_k", "top_p", "threshold"]
@@ -204,6 +229,7 @@ class Rule:
     forced_rows: Tensor | None = None
     forced_columns: slice | Tensor | None = None
     own: bool = False
+    near: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in ("top_k", "top_p", "threshold"):
@@ -214,6 +240,8 @@ class Rule:
         whole = not amount.is_floating_point() if isinstance(amount, Tensor) else isinstance(amount, int)
         if self.kind == "top_k" and not whole:
             raise ValueError(f"Rule: amount={amount!r} is not allowed with top_k; use whole numbers")
+        if self.near and (self.kind == "top_p" or self.softmax):
+            raise ValueError(f"Rule: near={self.near} is not allowed with top_p or softmax; use own=True")
         for name in ("rows", "columns", "forced_columns"):
             part = getattr(self, name)
             if isinstance(part, slice) and part.step not in (None, 1):
@@ -223,6 +251,10 @@ class Rule:
         """bool (B, H, nq, nk): the pairs of blocks that are kept, in plain PyTorch; scores are (B, H, nq, nk)."""
         (top, end), (left, right) = self.row_range(scores.shape[-2]), self.column_range(scores.shape[-1])
         keep = torch.ones_like(scores, dtype=torch.bool)
+        if self.near:
+            at = torch.arange(max(scores.shape[-2:]), device=scores.device)
+            distance = (at[: scores.shape[-2], None] - at[: scores.shape[-1]]).abs()
+            scores = scores.masked_fill(distance < self.near, torch.inf)
         if top < end and left < right:
             part = scores[..., top:end, left:right]
             part = part.softmax(-1) if self.softmax else part

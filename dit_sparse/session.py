@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections import Counter
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import routing
 from .grid import TokenGrid
+from .kernels import attention as kernels
 from .kernels.attention import block_sparse_attention, dense_attention
 from .memory import Memory
 from .methods.base import Call, Plan
@@ -56,6 +60,7 @@ class RunSession:
         self.device = ""
         self.grid: TokenGrid | None = None
         self._guard = FiniteGuard()
+        self._slower = _slower_calls()
 
     # -- what the bridge calls ---------------------------------------------------------------------------------
 
@@ -80,6 +85,7 @@ class RunSession:
         """A new run begins: the report and the distrust of layers belong to the last one."""
         self.report.reset()
         self._guard.reset()
+        self._slower = _slower_calls()
 
     def fallback(self, layer: int, reason: str) -> None:
         """Count a call that stayed on the model's own dense path."""
@@ -156,9 +162,11 @@ class RunSession:
                 return None
             if record.watch is not None:
                 record.watch.mark()
-            out, _ = block_sparse_attention(query, key, value, plan.mask, scale=scale, key_mask=key_mask,
-                                            backend=self.settings.backend,
-                                            on_backend=lambda name: setattr(record, "backend", name))
+            attend = functools.partial(block_sparse_attention, scale=scale, key_mask=key_mask,
+                                       backend=self.settings.backend,
+                                       on_backend=lambda name: setattr(record, "backend", name))
+            out, _ = plan.operator.run(call, plan.mask, attend)
+            record.operator = plan.operator.title
         except Exception as error:  # whatever a method or kernel trips over, the user's run goes on, and it is counted
             self._fall_back(record, one_line(error))
             return None
@@ -233,7 +241,14 @@ class RunSession:
         first = min(self.report.steps, default=0)
         if length and first and self.settings.dense_steps and not self.schedule.is_dense(first, length, 1 << 30):
             notes.append(f"dense_steps has no effect: the run began at step {first} of {length}, past the dense ones")
+        # Counted for the process: what ran since this run began.
+        notes += [f"{n} x {reason}" for reason, n in (_slower_calls() - self._slower).items()]
         return notes
+
+
+def _slower_calls() -> Counter[str]:
+    """Calls of the process so far that a slower kernel ran than the one chosen for them, by reason."""
+    return kernels.fallbacks + Counter({f"masks in plain PyTorch: {why}": n for why, n in routing.plain_calls.items()})
 
 
 class FiniteGuard:

@@ -7,6 +7,7 @@ up over layers and steps here: that is what the measures of clips show.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from dit_sparse.blockmask import BlockMask
 from dit_sparse.kernels.attention import block_sparse_attention, dense_attention
+from dit_sparse.operators import Attend
 from dit_sparse.report import CallRecord
 from dit_sparse.session import Run, RunSession, key_mask_of, one_line
 
@@ -59,6 +61,7 @@ def attention_quality(
     key_mask: Tensor | None = None,
     dense: tuple[Tensor, Tensor | None] | None = None,
     backend: str | None = None,
+    operate: Callable[[BlockMask, Attend], tuple[Tensor, Tensor]] | None = None,
 ) -> Quality:
     """Compare attention under a mask with dense attention.
 
@@ -74,12 +77,23 @@ def attention_quality(
         key_mask: bool (B, L), True where a token is real: others count neither as key nor as row.
         dense: what `dense_attention` gives, when it is known; the LSE may be None.
         backend: of the sparse kernel.
+        operate: the output of a plan's operator, given the mask and the sparse kernel: it may hold more than the kept
+            pairs. None: the kept pairs alone. The recall is theirs in any case.
 
     Raises:
         ValueError: shapes that do not fit, or a backend that cannot run.
     """
     out, lse = dense or dense_attention(query, key, value, scale=scale, key_mask=key_mask)
-    sparse, kept = block_sparse_attention(query, key, value, mask, scale=scale, key_mask=key_mask, backend=backend)
+    attend = functools.partial(block_sparse_attention, scale=scale, key_mask=key_mask, backend=backend)
+    kept = query.new_empty(())
+
+    def listed(*call: Any) -> tuple[Tensor, Tensor]:
+        nonlocal kept
+        found = attend(*call)
+        kept = found[1].clone()  # operators may merge into what they are given
+        return found
+
+    sparse = operate(mask, listed)[0] if operate else listed(query, key, value, mask)[0]
     if lse is None:
         # On a GPU only the block kernels tell the LSE.
         full = BlockMask.full(mask.query, mask.key)
@@ -134,12 +148,21 @@ class AttentionProbe(RunSession):
             record.kind, record.reason = "fallback", reason
             return None
         try:
-            plan, record.reused = self._plan(self._call(record, query, key, value, key_mask, scale, grid))
+            call = self._call(record, query, key, value, key_mask, scale, grid)
+            plan, record.reused = self._plan(call)
             if plan.mask is None:
                 record.reason = f"method {self.method.name}'s own choice"
                 return None
             found = attention_quality(
-                query, key, value, plan.mask, scale, key_mask=key_mask, dense=dense, backend=self.settings.backend
+                query,
+                key,
+                value,
+                plan.mask,
+                scale,
+                key_mask=key_mask,
+                dense=dense,
+                backend=self.settings.backend,
+                operate=functools.partial(plan.operator.run, call),
             ).stacked()
         except Exception as error:  # as in a run: whatever a method trips over, the call is dense and counted
             record.kind, record.reason = "fallback", one_line(error)

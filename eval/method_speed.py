@@ -8,6 +8,8 @@ Random activations say nothing about quality; they give the time of the masks an
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import json
 import pathlib
 from dataclasses import asdict, dataclass
@@ -65,15 +67,19 @@ def bench_methods(grid: TokenGrid, heads: int, head_dim: int, *, density: float 
         method = build(name, **({"density": density} if takes_density else {}))
         memory = Memory()
         call = Call(query, key, value, grid, scale, cached=memory.static, generator=generator)
-        plan_ms = median_ms(lambda m=method, c=call: m.plan(c), device, seconds=seconds)  # type: ignore[misc]
-        mask = method.plan(call).mask
+        # A call keeps what it pooled: a new one each time, or plan and operator would be timed without their pooling.
+        plan_ms = median_ms(lambda m=method, c=call: m.plan(dataclasses.replace(c)), device,  # type: ignore[misc]
+                            seconds=seconds)
+        plan = method.plan(dataclasses.replace(call))
+        mask = plan.mask
         if mask is None:  # the method's own choice is dense here: its row says so
             rows.append(MethodRow(name, "dense", 1.0, plan_ms, dense, dense / (plan_ms + dense)))
             continue
         used: list[str] = []
 
-        def attend(mask: Any = mask, used: list[str] = used) -> None:
-            block_sparse_attention(query, key, value, mask, scale=scale, on_backend=used.append)
+        def attend(plan: Any = plan, call: Call = call, used: list[str] = used) -> None:
+            kernel = functools.partial(block_sparse_attention, scale=scale, on_backend=used.append)
+            plan.operator.run(dataclasses.replace(call), plan.mask, kernel)
 
         took = median_ms(attend, device, seconds=seconds)
         rows.append(MethodRow(name, used[-1], float(mask.density()), plan_ms, took, dense / (plan_ms + took)))

@@ -1,8 +1,8 @@
 """`block_sparse_attention`: checks the call, chooses a backend and runs it as one operator that compilers do not open.
 
-Backends, fastest first: "hopper" (Gluon kernel for Hopper GPUs, for now only when asked for), "triton" (portable GPU
-kernel), "cpu" (pieces by PyTorch's own CPU kernel), "pieces" (the same cut on any other device), "reference" (the
-formula). Importing this module needs neither triton nor a GPU.
+Backends, fastest first: "hopper" (Gluon kernel for Hopper GPUs), "triton" (portable GPU kernel), "cpu" (pieces by
+PyTorch's own CPU kernel), "pieces" (the same cut on any other device), "reference" (the formula). Importing this module
+needs neither triton nor a GPU.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import functools
 import importlib.util
 import math
 import os
+import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -27,14 +29,20 @@ if TYPE_CHECKING:
     from dit_sparse.blockmask import BlockMask
 
 __all__ = ["Backend", "backends", "block_sparse_attention", "can_run", "choose_backend", "dense_attention",
-           "device_backends", "triton_reasons"]
+           "device_backends", "fallbacks", "triton_reasons"]
 
 _MAX_HEAD_DIM = 128
 _BLOCK_SIZES = (16, 32, 64, 128)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# Backends that have not passed tests/gpu on a GPU yet: never chosen by themselves, only asked for by name or by the
-# environment variable. A backend leaves this table when its log lies in docs/.
-_ONLY_WHEN_ASKED = {"hopper": "DIT_SPARSE_HOPPER"}
+# Environment variables that keep a backend from being chosen by itself, when set to one of _OFF; by name it still runs.
+_SWITCHES = {"hopper": "DIT_SPARSE_HOPPER"}
+_OFF = ("0", "false", "off")
+
+# Kinds of calls that the Hopper kernel failed to start for, with the error: they run on the portable kernel since.
+_failed: dict[tuple[object, ...], str] = {}
+_started: set[tuple[object, ...]] = set()
+# Why calls that the Hopper kernel was chosen for ran on the portable one, counted.
+fallbacks: Counter[str] = Counter()
 
 
 @dataclass(frozen=True)
@@ -112,7 +120,7 @@ def block_sparse_attention(
         scale: factor of the scores, positive; None: 1 / sqrt(D).
         key_mask: bool (B, Lk), True where the key is a real token; None: all are.
         backend: name of the backend to use; None: the fastest that can run.
-        on_backend: called with the name of the backend that runs.
+        on_backend: called with the name of the backend that ran.
 
     Returns:
         out (B, Lq, H, Dv) in the query's dtype, and the natural-log LSE (B, H, Lq) in float32. Queries without a key
@@ -125,17 +133,24 @@ def block_sparse_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     blocks = Blocks.from_mask(mask, key_mask)
     _check(query, key, value, blocks, mask.query.tokens, mask.key.tokens, scale)
+    fall_back = backend is None
     if backend is None:
         backend = _choose(query, key, value, blocks)
     elif reasons := _named(backend).reasons(query, key, value, blocks):
         raise ValueError(f"backend={backend!r} cannot run this call: {'; '.join(reasons)}")
-    if on_backend is not None:
-        on_backend(backend)
-    return _operator(
+    result = _operator(
         query, key, value, blocks.lists, blocks.whole, blocks.boundary, blocks.query_lengths, blocks.key_lengths,
         blocks.query_index, blocks.key_index, blocks.key_coordinates, blocks.query_low, blocks.query_high,
         blocks.always, blocks.key_mask, blocks.query_block, blocks.key_block, blocks.query_box,
-        blocks.key_box, scale, backend)
+        blocks.key_box, scale, backend, fall_back)
+    if fall_back and (why := _failure(query, value, blocks)):
+        if backend == "hopper":
+            backend = "triton"  # the operator tried, and counted
+        else:
+            fallbacks[why] += 1
+    if on_backend is not None:
+        on_backend(backend)
+    return result
 
 
 @torch.library.custom_op("dit_sparse::block_sparse_attention", mutates_args=())
@@ -144,12 +159,13 @@ def _operator(
     key_lengths: Tensor, query_index: Tensor | None, key_index: Tensor | None, key_coordinates: Tensor | None,
     query_low: Tensor | None, query_high: Tensor | None, always: Tensor | None, key_mask: Tensor | None,
     query_block: int, key_block: int, query_box: Sequence[int] | None, key_box: Sequence[int] | None,
-    scale: float, backend: str,
+    scale: float, backend: str, fall_back: bool = False,
 ) -> tuple[Tensor, Tensor]:
     blocks = Blocks(lists, whole, boundary, query_lengths, key_lengths, query_index, key_index, key_coordinates,
                     query_low, query_high, always, key_mask, query_block, key_block,
                     *(None if box is None else tuple(box) for box in (query_box, key_box)))
-    return _named(backend).run(query, key, value, blocks, scale)
+    run = _run_hopper_or_fall_back if backend == "hopper" and fall_back else _named(backend).run
+    return run(query, key, value, blocks, scale)
 
 
 @_operator.register_fake
@@ -188,23 +204,24 @@ def _check(
 
 def _may_choose(name: str) -> bool:
     """Whether the backend may be chosen without being asked for by name."""
-    variable = _ONLY_WHEN_ASKED.get(name)
-    return variable is None or os.environ.get(variable) == "1"
+    return name not in _SWITCHES or os.environ.get(_SWITCHES[name], "").strip().lower() not in _OFF
 
 
 def _note(name: str) -> str:
     """What to know about a backend that can run, for `device_backends`."""
-    if name not in _ONLY_WHEN_ASKED:
-        return ""
-    how = (f"chosen first because {_ONLY_WHEN_ASKED[name]}=1" if _may_choose(name) else
-           f"used only with backend={name!r} or {_ONLY_WHEN_ASKED[name]}=1")
-    return f"; not yet proven on a GPU, {how}"
+    if not _may_choose(name):
+        return f"; switched off by {_SWITCHES[name]}={os.environ[_SWITCHES[name]]}, used only with backend={name!r}"
+    if name == "hopper" and _failed:
+        return f"; {len(_failed)} kind(s) of calls run on triton instead: {next(iter(_failed.values()))}"
+    return ""
 
 
 def _choose(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks) -> str:
     """The first backend without a reason; on a CPU the interpreter never is the fastest."""
     for backend in _BACKENDS:
         if not _may_choose(backend.name) or (backend.name == "triton" and query.device.type == "cpu"):
+            continue
+        if backend.name == "hopper" and _failure(query, value, blocks):
             continue
         if not backend.reasons(query, key, value, blocks):
             return backend.name
@@ -218,9 +235,14 @@ def _named(name: str) -> Backend:
     raise ValueError(f"backend={name!r} is unknown; use one of {', '.join(b.name for b in _BACKENDS)}")
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # what a compiler traces ends here
 def _triton_missing() -> str:
     """Why Triton cannot be used on this machine at all, "" when it can."""
+    return _find_triton()
+
+
+@functools.cache
+def _find_triton() -> str:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install 'dit-sparse[gpu]')"
     if not torch.cuda.is_available() and not _interpreted():
@@ -274,6 +296,37 @@ def _run_hopper(
     from .hopper import block_sparse_attention_hopper
 
     return block_sparse_attention_hopper(query, key, value, blocks, scale)
+
+
+def _failure(query: Tensor, value: Tensor, blocks: Blocks) -> str:
+    """Why the Hopper kernel does not start for calls of this kind, "" when it does, was not tried or is not wanted."""
+    return _failed.get(hopper_plan.kind_of(query, value, blocks), "") if _failed and _may_choose("hopper") else ""
+
+
+def _run_hopper_or_fall_back(
+    query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The Hopper kernel; where it does not start (Gluon is experimental), the portable one, counted in `fallbacks`.
+
+    Only the first call of a kind compiles. An error of a kind that ran before is the caller's, and so is a lack of
+    memory.
+    """
+    kind = hopper_plan.kind_of(query, value, blocks)
+    if kind not in _failed:
+        try:
+            result = _run_hopper(query, key, value, blocks, scale)
+            _started.add(kind)
+            return result
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if kind in _started or triton_reasons(query, key, value, blocks):
+                raise
+            words = str(error).strip().splitlines()
+            _failed[kind] = f"the Hopper kernel did not start ({type(error).__name__}: {words[0] if words else ''})"
+            warnings.warn(f"{_failed[kind]}: such calls run on the portable kernel", stacklevel=2)
+    fallbacks[_failed[kind]] += 1
+    return _run_triton(query, key, value, blocks, scale)
 
 
 def _run_pieces(

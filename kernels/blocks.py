@@ -111,6 +111,11 @@ class Blocks:
         batch = torch.arange(self.key_mask.shape[0], device=token.device)[:, None, None]
         return real & self.key_mask[batch, token.expand(self.key_mask.shape[0], -1, -1)]
 
+    def listed(self) -> Tensor:
+        """bool (B|1, H|1, nq, nk): the pairs of blocks that are listed, whole or boundary."""
+        place = torch.arange(self.lists.shape[-1], device=self.lists.device)
+        return self._pairs_of(place < (self.whole + self.boundary)[..., None])
+
     def token_mask(self) -> Tensor:
         """bool (B|1, H|1, Lq, Lk) in token order, `key_mask` left out: for small sizes."""
         place = torch.arange(self.lists.shape[-1], device=self.lists.device)

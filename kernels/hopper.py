@@ -19,11 +19,13 @@ from .hopper_kernel import MAX_REGISTERS, attention_kernel
 from .hopper_plan import (
     QUERY_BLOCK,
     Plan,
+    Tuning,
     bulk_readable,
     bulk_strides,
     half_of,
     hopper_reasons,
     make_plan,
+    prefers_persistent,
     runs_persistent,
 )
 from .portable import LOG2_E, _broadcast_strides, _on_device, gather_slots, launch_order
@@ -32,21 +34,22 @@ __all__ = ["block_sparse_attention_hopper", "hopper_reasons"]
 
 
 def block_sparse_attention_hopper(
-    query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float, *, persistent: bool = False
+    query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float, tuning: Tuning | None = None
 ) -> tuple[Tensor, Tensor]:
     """Block-sparse attention by the Hopper kernel.
 
     Raster layouts are read and written straight from and to the activations by bulk copies. Queries and outputs of a
-    permuted layout go through its index, each row once; its keys and values are put in slot order once before. Tiles of
-    a grid that fill their blocks are copied straight from the activations too.
+    permuted layout go through its index, each row once; its keys and values are put in slot order once before. Tiles
+    that fill their blocks and divide the grid are copied straight from the activations too.
 
     Args:
         query (B, Lq, H, D), key (B, Lk, H, D), value (B, Lk, H, Dv): bfloat16 or float16, any strides; strides that
             bulk copies cannot read cost a copy.
         blocks: which key blocks each query block computes; `hopper_reasons` says what is not allowed.
         scale: factor of the scores, positive.
-        persistent: one program per multiprocessor takes every n-th tile, instead of one program per tile; raster
-            order without a window only, as the others would spill registers.
+
+    Expert args:
+        tuning: how to compute it; None: as measured to be fastest.
 
     Returns:
         out (B, Lq, H, Dv) in the query's dtype, LSE (B, H, Lq) float32.
@@ -60,20 +63,23 @@ def block_sparse_attention_hopper(
         return out.zero_(), lse.fill_(-torch.inf)
     with _on_device(query.device):
         programs = torch.cuda.get_device_properties(query.device).multi_processor_count
-        for arguments, constants, tiles in launches(query, key, value, blocks, scale, out, lse, persistent):
+        for arguments, constants, tiles in launches(query, key, value, blocks, scale, out, lse, tuning):
             grid = (min(tiles, programs) if constants["PERSISTENT"] else tiles,)
             attention_kernel[grid](*arguments, **constants, num_warps=4, maxnreg=MAX_REGISTERS)
     return out, lse
 
 
 def launches(
-    query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float, out: Tensor, lse: Tensor, persistent: bool
+    query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float, out: Tensor, lse: Tensor,
+    tuning: Tuning | None = None,
 ) -> Iterator[tuple[list[Any], dict[str, Any], int]]:
     """Arguments, compile-time values and number of tiles of each launch: one, or one per batch element with tiles.
 
     A descriptor has five dimensions at most, which the grid, the heads and the head dim use up.
     """
-    plan = make_plan(blocks, key.shape[1], query.shape[3], value.shape[3])
+    tuning = tuning or Tuning()
+    plan = make_plan(blocks, key.shape[1], query.shape[3], value.shape[3], ragged_boxes=tuning.ragged_boxes)
+    persistent = prefers_persistent(blocks, plan) if tuning.persistent is None else tuning.persistent
     permuted = plan.box is None and blocks.query_index is not None
     if plan.box is None and blocks.key_index is not None:
         # Slots without a key that may be seen are written as 0.
@@ -88,9 +94,9 @@ def launches(
     else:
         query = bulk_readable(query)
     constants = dict(
-        D=query.shape[3], DV=value.shape[3], WIDTH=plan.width, BN=blocks.key_block, STAGES=plan.stages,
+        D=query.shape[3], DV=value.shape[3], WIDTH=plan.width, BN=blocks.key_block, STAGES=tuning.stages or plan.stages,
         PERMUTED=permuted, PERSISTENT=persistent and runs_persistent(blocks, plan),
-        COORDINATE_COUNT=blocks.coordinates, ALWAYS=blocks.always is not None,
+        COORDINATE_COUNT=blocks.coordinates, ALWAYS=blocks.always is not None, OVERLAP=tuning.overlap,
         TILE=None if plan.box is None else plan.box[3:6])
     if plan.box is None:
         tiles = query.shape[0] * query.shape[2] * blocks.query_blocks

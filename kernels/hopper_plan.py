@@ -19,11 +19,19 @@ from .blocks import Blocks
 QUERY_BLOCK = 128
 KEY_BLOCKS = (64, 128)
 MAX_HEAD_DIM = 128
+# Whether `Tuning.overlap` is on unless asked for: not measured yet. Without it the assembler (ptxas 12.8) puts the wait
+# for the output of a block before all but 31 of the 300 instructions of the next block's softmax.
+OVERLAP = False
+
+
+@torch.compiler.assume_constant_result  # what a compiler traces ends here
+def missing() -> str:
+    """Why the Hopper kernel cannot be used on this machine at all, "" when it can."""
+    return _missing()
 
 
 @functools.cache
-def missing() -> str:
-    """Why the Hopper kernel cannot be used on this machine at all, "" when it can."""
+def _missing() -> str:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install 'dit-sparse[gpu]')"
     if os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on"):
@@ -43,12 +51,17 @@ def missing() -> str:
     return ""
 
 
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
 def hopper_reasons(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks | None = None) -> list[str]:
     """Why the Hopper kernel cannot run these tensors, in words; empty when it can."""
     reasons = [why] if (why := missing()) else []
     if query.device.type != "cuda":
         reasons.append(f"the tensors are on {query.device.type}, it needs a Hopper GPU")
-    elif (capability := torch.cuda.get_device_capability(query.device))[0] != 9:
+    elif (capability := _capability(query.device))[0] != 9:
         reasons.append(f"the GPU has compute capability {capability[0]}.{capability[1]}, it needs 9.0")
     if query.dtype not in (torch.float16, torch.bfloat16):
         reasons.append(f"dtype {query.dtype} is not float16 or bfloat16")
@@ -61,6 +74,30 @@ def hopper_reasons(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks | N
         if blocks.key_block not in KEY_BLOCKS:
             reasons.append(f"key block size {blocks.key_block} is not one of {', '.join(map(str, KEY_BLOCKS))}")
     return reasons
+
+
+def kind_of(query: Tensor, value: Tensor, blocks: Blocks) -> tuple[object, ...]:
+    """What of a call decides which variant of the kernel is compiled."""
+    return (query.device, query.dtype, query.shape[3], value.shape[3], blocks.key_block, blocks.coordinates,
+            blocks.query_index is None, blocks.always is None, blocks.key_mask is None, common_box(blocks) is None)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a call is computed; the results are the same up to rounding.
+
+    Args:
+        persistent: one program per multiprocessor takes every n-th tile, instead of one program per tile; raster
+            order without a window only, as the others would spill registers. None: as `prefers_persistent` says.
+        ragged_boxes: copy tiles that the grid cuts straight from the activations as well.
+        overlap: hold the assembler to running the softmax under the matrix products.
+        stages: blocks of keys, and of values, in flight; None: as many as `make_plan` says.
+    """
+
+    persistent: bool | None = None
+    ragged_boxes: bool = False
+    overlap: bool = OVERLAP
+    stages: int | None = None
 
 
 @dataclass(frozen=True)
@@ -105,19 +142,22 @@ class Plan:
         return dataclasses.replace(self, **parts)
 
 
-def make_plan(blocks: Blocks, key_tokens: int, head_dim: int, value_dim: int) -> Plan:
+def make_plan(
+    blocks: Blocks, key_tokens: int, head_dim: int, value_dim: int, *, ragged_boxes: bool = False
+) -> Plan:
     """The plan of a call; nothing in it waits for the device.
 
     Args:
         blocks: which key blocks each query block computes.
         key_tokens, head_dim, value_dim: sizes of key and value.
+        ragged_boxes: as for `common_box`.
     """
     width = 64 if max(head_dim, value_dim) <= 64 else 128
     # Two stages of 128 x 128 keys and values beside the queries fill the shared memory; smaller blocks take four.
     stages = 2 if blocks.key_block * width == 128 * 128 else 4
     lists, whole, boundary = blocks.lists, blocks.whole, blocks.boundary
     exempt = flags = key_ok = None
-    box = common_box(blocks)
+    box = common_box(blocks, ragged=ragged_boxes)
     if box is not None and _ragged(box):
         # The slots of a cut tile are not those of the layout: its padding lies anywhere, not at its end.
         token = tile_tokens(box, lists.device)
@@ -145,17 +185,37 @@ def runs_persistent(blocks: Blocks, plan: Plan) -> bool:
     return plan.box is None and blocks.query_index is None and not blocks.coordinates
 
 
-def common_box(blocks: Blocks) -> tuple[int, ...] | None:
-    """The box of the layouts when queries and keys can be copied as tiles of the grid, else None.
+def prefers_persistent(blocks: Blocks, plan: Plan) -> bool:
+    """Whether persistent programs are expected to be faster than one program per tile, where they are possible.
 
-    A tile must fill its block, with powers of two along each axis. Where the grid cuts tiles, the slots of a cut block
-    are not those of the layout, so that a window, whose coordinates are in slot order, needs the layout's own order.
+    The density lies on the device, so that one rule serves all densities. H200, bf16, 32,768 tokens, 12 heads of 128,
+    November 2026, TFLOP/s of one program per tile -> persistent: density 1: 645 -> 652, .5: 633 -> 604, .25: 616 ->
+    622, .1: 578 -> 594; heads of uneven density: 592 -> 607, of even density and equal work 619 -> 620. The row at .5
+    is in doubt: the same call, one program per tile, gave 595 earlier in that run. Other widths and key blocks are not
+    measured.
+    """
+    return plan.width == 128 and blocks.key_block == 128
+
+
+def common_box(blocks: Blocks, *, ragged: bool = False) -> tuple[int, ...] | None:
+    """The box of the layouts when queries and keys are to be copied as tiles of the grid, else None.
+
+    A tile must fill its block, with powers of two along each axis, and divide the grid. Tiles that the grid cuts are
+    faster through the index, keys and values put in order once. H200, bf16, 12 heads of 128, November 2026, TFLOP/s
+    over real tokens at density 1, .25, .1: 21x45x80 in tiles of 4x4x8, boxes 432, 411, 403, index 455, 438, 418;
+    21x30x52 in tiles of 1x8x16, boxes 360, 349, 323, index 391, 374, 346. Where tiles divide the grid, 20x48x80: boxes
+    653, 621, 591, index 631, 622, 565.
+
+    Args:
+        blocks: the lists and layouts.
+        ragged: allow tiles that the grid cuts too, which saves the memory of the copy. The slots of a cut block are not
+            those of the layout, so that a window, whose coordinates are in slot order, needs the layout's own order.
     """
     box = blocks.query_box
     if not box or blocks.key_box != box or (blocks.query_block, blocks.key_block) != (QUERY_BLOCK, QUERY_BLOCK):
         return None
     fits = math.prod(box[3:6]) == QUERY_BLOCK and all(n & (n - 1) == 0 for n in box[3:6])
-    return box if fits and not (blocks.coordinates and _ragged(box)) else None
+    return box if fits and (not _ragged(box) or (ragged and not blocks.coordinates)) else None
 
 
 @functools.lru_cache(maxsize=16)

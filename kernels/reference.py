@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from dit_sparse.blockmask import BlockMask
 
 
 class HasTokenMask(Protocol):
@@ -77,6 +80,55 @@ def block_sparse_reference(
         out (B, Lq, H, Dv) and LSE (B, H, Lq).
     """
     return attention_reference(query, key, value, mask.token_mask(), scale, key_mask, dtype=dtype)
+
+
+def soft_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BlockMask,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """One softmax over the keys that a query sees and, for every block that its own block does not list, one entry.
+
+    The entry is the block's mean key with log(keys in the block) added to its score, and the block's mean value.
+    Source: Sol-Attn, arXiv 2607.24027.
+
+    Args:
+        query: (B, Lq, H, D). key: (B, Lk, H, D). value: (B, Lk, H, Dv).
+        mask: the block mask.
+        scale, key_mask, dtype: as in `attention_reference`.
+
+    Returns:
+        out (B, Lq, H, Dv) and LSE (B, H, Lq), as in `attention_reference`. Queries with neither give 0 and -inf.
+    """
+    B, Lk, H, D = key.shape
+    scale = D**-0.5 if scale is None else scale
+    real = torch.ones(B, Lk, dtype=torch.bool, device=key.device) if key_mask is None else key_mask
+    q, k, v = (x.to(dtype).transpose(1, 2) for x in (query, *(x.where(real[..., None, None], 0) for x in (key, value))))
+
+    # Means of the blocks' real keys and values: (B, H, nk, D) and (B, H, nk, Dv)
+    block_of_key = mask.key.block_of_token.expand(B, H, Lk)
+    every_block = torch.arange(mask.key.blocks, device=key.device)[:, None]
+    member = (block_of_key[:, :, None] == every_block) & real[:, None, None]
+    count = member.sum(-1).to(dtype)
+    mean_k, mean_v = (member.to(dtype) @ x / count.clamp(min=1)[..., None] for x in (k, v))
+
+    # Which keys a query sees, (B|1, H|1, Lq, Lk), and which blocks are one entry for it, (B, H, Lq, nk)
+    seen = mask.token_mask() & real[:, None, None]
+    block_of_query = mask.query.block_of_token.expand(B, H, -1)[..., None].expand(-1, -1, -1, mask.key.blocks)
+    soft = ~mask.to_dense().expand(B, H, -1, -1).gather(2, block_of_query)
+
+    hard_scores = (q @ k.mT * scale).masked_fill(~seen, -torch.inf)
+    soft_scores = (q @ mean_k.mT * scale + count.log()[:, :, None]).masked_fill(~soft, -torch.inf)
+    scores = torch.cat([hard_scores, soft_scores], -1)
+    lse = scores.logsumexp(-1)
+    weights = (scores - torch.where(lse == -torch.inf, 0, lse)[..., None]).exp()
+    out = (weights @ torch.cat([v, mean_v], -2)).transpose(1, 2)
+    return out.to(query.dtype if dtype == torch.float32 else dtype), lse
 
 
 def merge_by_lse(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..blockmask import BlockMask
+from ..blockmask import BlockLayout, BlockMask
 from ..grid import TokenGrid
+from ..operators import Drop, Operator
+from ..routing import pool
 
 
 @dataclass
@@ -45,22 +47,42 @@ class Call:
     cached: Callable[[Hashable, Callable[[], Any]], Any] = lambda key, build: build()
     family: str = ""
     generator: torch.Generator | None = None
+    _means: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def device(self) -> torch.device:
         """Device of the activations."""
         return self.query.device
 
+    def block_mean(self, name: str, layout: BlockLayout) -> torch.Tensor:
+        """Mean of the real tokens of every block, pooled once per call however many parts ask for it.
+
+        Args:
+            name: "query", "key" or "value".
+            layout: how the tokens sit in blocks.
+
+        Returns:
+            float32 (B, H, blocks, D); tokens that `key_mask` leaves out enter no mean of keys and values.
+        """
+        x = getattr(self, name)
+        place = (name, id(x), id(layout))
+        if place not in self._means:
+            mean = pool(x, layout, mask=None if name == "query" else self.key_mask)
+            # What the ids belong to is kept along: an id may be used again once its owner is gone.
+            self._means[place] = (mean, x, layout)
+        return self._means[place][0]
+
 
 @dataclass
 class Plan:
-    """What a method decided for one call: the mask to run, and remarks for the report.
+    """What a method decided for one call: the mask to run, remarks for the report, and what is computed for the mask.
 
     `mask` None means: this call is dense by the method's own decision (counted, not a fallback).
     """
 
     mask: BlockMask | None
     notes: dict[str, Any] = field(default_factory=dict)
+    operator: Operator = field(default_factory=Drop)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from ..grid import TokenGrid
 from ..order import layout, video_blocks
 from ..patterns import check_block_size, choose_block_size
 from ..routing import route
-from ..selection import Rule, count_of_density
+from ..selection import Rule, rows_kept
 from .base import Call, Method, Plan, check_range
 
 
@@ -40,28 +40,6 @@ def frame_tile_order(grid: TokenGrid, tile: int = 8) -> Tensor:
     tiles = frame[:rows, :columns].reshape(rows // tile, tile, columns // tile, tile).transpose(1, 2)
     order = torch.cat((tiles.flatten(), frame[rows:].flatten(), frame[:rows, columns:].flatten()))
     return (torch.arange(grid.frames)[:, None] * grid.frame_tokens + order).flatten()
-
-
-def rows_kept(density: float, video: int, sink: int, text: int, *, count_forced: bool) -> int:
-    """Key blocks that the ranking gives every query block.
-
-    Args:
-        density: asked kept fraction.
-        video, sink, text: number of blocks that hold video, the first frame among them, and text.
-        count_forced: rows and columns of sink and text are part of the density; the ranking then looks only
-            at the other blocks, and gives at least half of the density.
-
-    Returns:
-        The number, at least 1.
-    """
-    least = count_of_density(video, density)
-    if not count_forced or sink == video:
-        return least
-    blocks = video + text
-    left = density * blocks**2 - (sink + text) * blocks
-    return min(
-        video - sink, max(count_of_density(video, density / 2), round(left / (video - sink)) - sink - text)
-    )
 
 
 @dataclass(frozen=True)

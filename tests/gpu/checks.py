@@ -1,19 +1,14 @@
-"""What must hold on a GPU. Every check returns "" or what is wrong; run by run.py and by pytest."""
+"""What must hold of the portable kernel on a GPU. Every check returns "" or what is wrong; run by run.py and pytest."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import random
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 
-from dit_sparse import order
 from dit_sparse.blockmask import BlockLayout, BlockMask
-from dit_sparse.grid import TokenGrid
-from dit_sparse.kernels import hopper_plan
 from dit_sparse.kernels.attention import block_sparse_attention, dense_attention
 from dit_sparse.kernels.blocks import Blocks
 from dit_sparse.kernels.reference import attention_reference
@@ -46,24 +41,6 @@ CASES = [
     Case(511, 511, head_dim=96, dtype=FP32, query_block=32, key_block=64),
     Case(511, 511, head_dim=128, value_dim=64, dtype=BF16, query_block=128, key_block=128),
 ]
-
-# What the Hopper kernel can run of those, and what only it has to prove: 64-key blocks, every head dim, empty lists.
-HOPPER_CASES = [
-    case for case in CASES
-    if case.dtype != FP32 and case.query_block == hopper_plan.QUERY_BLOCK and case.key_block in hopper_plan.KEY_BLOCKS
-] + [
-    Case(1023, 1023, head_dim=dim, dtype=dtype, query_block=128, key_block=block)
-    for dim in (8, 64, 96, 128) for dtype in (BF16, FP16) for block in (64, 128)
-] + [
-    Case(1023, 513, head_dim=64, dtype=BF16, query_block=128, key_block=64, order="heads", masked=True, batch=2),
-    Case(1023, 1023, head_dim=128, dtype=FP16, query_block=128, key_block=128, window=2, masked=True, strided=True),
-    Case(1023, 1023, head_dim=128, dtype=BF16, query_block=128, key_block=64, window=3, always=True, order="heads"),
-    Case(1023, 1023, head_dim=96, dtype=BF16, query_block=128, key_block=128, order="permuted", strided=True),
-    Case(1023, 1023, head_dim=64, value_dim=128, dtype=BF16, query_block=128, key_block=128, lists="all", batch=3),
-    Case(129, 4097, head_dim=128, dtype=BF16, query_block=128, key_block=128, heads=5, lists="all", batch=2),
-    Case(4097, 1, head_dim=128, dtype=BF16, query_block=128, key_block=128, heads=5),
-]
-
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
@@ -98,7 +75,8 @@ def pieces() -> str:
 def repeats_bit_equal() -> str:
     """Twenty calls give equal bits."""
     inputs = build(Case(1023, 1023, head_dim=128, dtype=BF16, query_block=128, key_block=128, window=2), "cuda")
-    first, *others = (block_sparse_attention(inputs.query, inputs.key, inputs.value, inputs.mask) for _ in range(20))
+    call = partial(block_sparse_attention, inputs.query, inputs.key, inputs.value, inputs.mask, backend="triton")
+    first, *others = (call() for _ in range(20))
     same = all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
     return "" if same else "repeated calls differ"
 
@@ -110,7 +88,8 @@ def never_waits() -> str:
         for mode in ("default", "error"):  # the first call compiles
             torch.cuda.set_sync_debug_mode(mode)
             try:
-                block_sparse_attention(inputs.query, inputs.key, inputs.value, inputs.mask, key_mask=inputs.key_mask)
+                block_sparse_attention(inputs.query, inputs.key, inputs.value, inputs.mask, key_mask=inputs.key_mask,
+                                       backend="triton")
                 dense_attention(inputs.query, inputs.key, inputs.value, key_mask=inputs.key_mask)
             except RuntimeError as error:
                 return f"{case.name}: {str(error).splitlines()[0]}"
@@ -132,7 +111,7 @@ def density_one_equals_dense() -> str:
     """A full mask at 32,768 tokens equals the dense kernel."""
     query, key, value = (torch.randn(1, 32768, 2, 128, device="cuda", dtype=BF16) for _ in range(3))
     layout = BlockLayout.raster(32768, 128, "cuda")
-    out, _ = block_sparse_attention(query, key, value, BlockMask.full(layout, layout))
+    out, _ = block_sparse_attention(query, key, value, BlockMask.full(layout, layout), backend="triton")
     error = (out.float() - dense_attention(query, key, value)[0].float()).abs().max().item()
     return "" if error < 2e-3 else f"error {error:.2e}"
 
@@ -162,129 +141,14 @@ def memory_is_not_leaked() -> str:
     inputs = build(Case(1023, 1023, dtype=BF16, order="permuted", masked=True), "cuda")
     used = []
     for _ in range(100):
-        block_sparse_attention(inputs.query, inputs.key, inputs.value, inputs.mask, key_mask=inputs.key_mask)
+        block_sparse_attention(inputs.query, inputs.key, inputs.value, inputs.mask, key_mask=inputs.key_mask,
+                               backend="triton")
         used.append(torch.cuda.memory_allocated())
     return "" if used[-1] <= used[2] else f"{used[-1] - used[2]} bytes more after 100 calls"
 
 
-def hopper_accuracy(case: Case, persistent: bool = False, seed: int = 0) -> str:
-    """The Hopper kernel keeps the accuracy rule on a case, with NaN in all fresh memory."""
-    from dit_sparse.kernels.hopper import block_sparse_attention_hopper
-
-    inputs = build(case, "cuda", seed)
-    with poisoned():
-        out, lse = block_sparse_attention_hopper(inputs.query, inputs.key, inputs.value,
-                                                 Blocks.from_mask(inputs.mask, inputs.key_mask), inputs.scale,
-                                                 persistent=persistent)
-    return check(inputs, out, lse)
-
-
-def hopper_random(count: int = 300) -> str:
-    """Random small calls keep the accuracy rule; few kinds of them, as each kind is a compile of some seconds."""
-    kinds = [case for case in HOPPER_CASES if case.head_dim >= 64][3::3]
-    draw = random.Random(0)
-    for seed in range(count):
-        case = dataclasses.replace(draw.choice(kinds), query_tokens=draw.randint(1, 700),
-                                   key_tokens=draw.randint(1, 700), batch=draw.randint(1, 3), heads=draw.randint(1, 4),
-                                   lists=draw.choice(("shared", "heads", "all")))
-        if problem := hopper_accuracy(case, draw.random() < 0.5, seed):
-            return f"seed {seed}, {case.name}: {problem}"
-    return ""
-
-
-def hopper_tiles(sizes: tuple[int, int, int], text: int, text_at: str) -> str:
-    """Tiles of 4 x 4 x 8 tokens of a grid, ragged or not, with text blocks, agree with the formula."""
-    grid = TokenGrid(*sizes, text=text, text_at=text_at)  # type: ignore[arg-type]
-    positions, lengths = order.tile(grid, (4, 4, 8))
-    layout = order.layout(grid, positions, 128, lengths=lengths, tile_shape=(4, 4, 8), device="cuda")
-    keep = torch.rand(1, 3, layout.blocks, layout.blocks, generator=torch.Generator().manual_seed(0)).to("cuda") < 0.4
-    mask = BlockMask.from_dense(keep, layout, layout)
-    query, key, value = (torch.randn(2, grid.tokens, 3, 128, device="cuda", dtype=BF16) for _ in range(3))
-    with poisoned():
-        out, lse = block_sparse_attention(query, key, value, mask, backend="hopper")
-    want, want_lse = attention_reference(query, key, value, mask.token_mask())
-    error = (out.float() - want.float()).abs().max().item()
-    lse_error = (lse - want_lse).nan_to_num(0, 0, 0).abs().max().item()
-    return "" if error < 2e-2 and lse_error < 1e-3 else f"error {error:.2e}, LSE {lse_error:.2e}"
-
-
-def hopper_repeats_bit_equal() -> str:
-    """A thousand calls of the Hopper kernel give equal bits."""
-    from dit_sparse.kernels.hopper import block_sparse_attention_hopper
-
-    inputs = build(Case(2047, 2047, heads=12, head_dim=128, dtype=BF16, query_block=128, key_block=128, masked=True),
-                   "cuda")
-    blocks = Blocks.from_mask(inputs.mask, inputs.key_mask)
-    for persistent in (False, True):
-        first, *others = (block_sparse_attention_hopper(inputs.query, inputs.key, inputs.value, blocks, inputs.scale,
-                                                        persistent=persistent) for _ in range(500))
-        if not all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True)):
-            return f"persistent={persistent}: repeated calls differ"
-    return ""
-
-
-def hopper_equals_dense() -> str:
-    """A full mask at 32,768 tokens equals the dense kernel."""
-    query, key, value = (torch.randn(1, 32768, 2, 128, device="cuda", dtype=BF16) for _ in range(3))
-    layout = BlockLayout.raster(32768, 128, "cuda")
-    out, _ = block_sparse_attention(query, key, value, BlockMask.full(layout, layout), backend="hopper")
-    error = (out.float() - dense_attention(query, key, value)[0].float()).abs().max().item()
-    return "" if error < 2e-3 else f"error {error:.2e}"
-
-
-def hopper_never_waits() -> str:
-    """No call of the Hopper kernel waits for the device."""
-    for chosen in (Case(dtype=BF16, query_block=128), Case(dtype=BF16, query_block=128, order="heads", masked=True)):
-        inputs = build(chosen, "cuda")
-        for mode in ("default", "error"):  # the first call compiles
-            torch.cuda.set_sync_debug_mode(mode)
-            try:
-                block_sparse_attention(inputs.query, inputs.key, inputs.value, inputs.mask, key_mask=inputs.key_mask,
-                                       backend="hopper")
-            except RuntimeError as error:
-                return f"{chosen.name}: {str(error).splitlines()[0]}"
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-    return ""
-
-
-def hopper_addresses_beyond_32_bits() -> str:
-    """Tensors of more than 2^31 elements, raster and permuted: the last head of the last tokens is right."""
-    tokens, heads, dim = 75_600, 240, 128
-    query, key, value = (torch.randn(1, tokens, heads, dim, device="cuda", dtype=BF16) for _ in range(3))
-    last = tokens // 128 * 128
-    # The second order swaps the first two tokens: a permuted layout in which the last blocks are the raster ones.
-    swapped = torch.cat((torch.tensor([1, 0]), torch.arange(2, tokens))).to("cuda")
-    for layout in (BlockLayout.raster(tokens, 128, "cuda"), BlockLayout.from_order(swapped, 128)):
-        block = torch.arange(layout.blocks, device="cuda")
-        mask = BlockMask.from_dense((block[:, None] - block).abs() <= 1, layout, layout)
-        out, _ = block_sparse_attention(query, key, value, mask, backend="hopper")
-        want, _ = attention_reference(query[:, last:, -1:], key[:, last - 128 :, -1:], value[:, last - 128 :, -1:])
-        error = (out[:, last:, -1:].float() - want.float()).abs().max().item()
-        if not error < 2e-2:
-            return f"{'raster' if layout.index is None else 'permuted'}: error {error:.2e}"
-    return ""
-
-
-def hopper_checks() -> dict[str, Callable[[], str]]:
-    """Name and function of every check of the Hopper kernel."""
-    checks: dict[str, Callable[[], str]] = {}
-    for case in HOPPER_CASES:
-        name = f"{str(case.dtype).removeprefix('torch.')} {case.name}"
-        checks[f"hopper {name}"] = partial(hopper_accuracy, case)
-        if case.order == "raster" and not case.window:
-            checks[f"hopper persistent {name}"] = partial(hopper_accuracy, case, persistent=True)
-    for sizes in ((8, 16, 16), (5, 11, 13)):
-        for text, text_at in ((0, "none"), (77, "front"), (77, "back")):
-            checks[f"hopper tiles {sizes} text {text} {text_at}"] = partial(hopper_tiles, sizes, text, text_at)
-    for function in (hopper_repeats_bit_equal, hopper_equals_dense, hopper_never_waits, hopper_random,
-                     hopper_addresses_beyond_32_bits):
-        checks[function.__name__.replace("_", " ")] = function
-    return checks
-
-
 def all_checks() -> dict[str, Callable[[], str]]:
-    """Name and function of every check; those of the Hopper kernel only where it can run, and last."""
+    """Name and function of every check of the portable kernel."""
     checks: dict[str, Callable[[], str]] = {}
     for case in CASES:
         checks[f"accuracy {str(case.dtype).removeprefix('torch.')} {case.name}"] = partial(accuracy, case)
@@ -294,7 +158,4 @@ def all_checks() -> dict[str, Callable[[], str]]:
     for function in (pieces, repeats_bit_equal, never_waits, dense_with_key_mask, density_one_equals_dense,
                      addresses_beyond_32_bits, memory_is_not_leaked):
         checks[function.__name__.replace("_", " ")] = function
-    if why := hopper_plan.missing():
-        # A check that passes, so that the log says what was left out and why.
-        return checks | {f"hopper checks left out: {why}": lambda: ""}
-    return checks | hopper_checks()
+    return checks

@@ -277,13 +277,13 @@ def speeds(log: Callable[[str], None]) -> list[dict[str, Any]]:
     row("pool queries, raster, kernels", lambda: routing.pool(query, raster, kernels=True))
     block_query, block_key = (routing.pool(x, layout, kernels=True) for x in (query, key))
     lengths = layout.lengths
-    chosen = warps_of_row(1024)
     scores = block_query @ block_key.transpose(-1, -2) * scale
     try:
         for warps in (1, 2, 4):
-            kernels.warps_of_row = lambda columns, w=warps: w  # type: ignore[misc]
+            kernels.warps_of_row = lambda columns, kind, w=warps: w  # type: ignore[misc]
             for one in (rule, Rule("top_p", 0.5, softmax=True), Rule("threshold", 0.002, softmax=True)):
-                row(f"means to lists, {one.kind}, {warps} warps a row" + " (chosen)" * (warps == chosen),
+                chosen = " (chosen)" * (warps == warps_of_row(1024, one.kind))
+                row(f"means to lists, {one.kind}, {warps} warps a row{chosen}",
                     lambda r=one: route_triton(block_query, block_key, scale, r, lengths, lengths, 128))
             row(f"scores to lists, top_k, {warps} warps a row",
                 lambda: select_triton(scores, rule, lengths, lengths, 128))

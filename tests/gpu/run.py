@@ -1,75 +1,135 @@
-"""Everything that needs a GPU, in one go: checks, then speeds. Needs torch and triton only.
+"""Everything that needs a GPU: checks, then speeds. Needs torch and triton only.
 
-    python tests/gpu/run.py --out DIR                       # about 6 minutes on an H200
-    python tests/gpu/run.py --out DIR --only checks
-    python tests/gpu/run.py --out DIR --kernel hopper       # that kernel alone, or: portable, routing
+    python tests/gpu/run.py --out DIR                                           # all of it, one after the other
+    python tests/gpu/run.py --out DIR --only checks --kernel hopper --part 1/8  # beside it 2/8 ... 8/8
+    python tests/gpu/run.py --out DIR --only random --cases 20000 --part 1/4    # random calls of the attention kernels
+    python tests/gpu/run.py --out DIR --only compile --part 1/4                 # what the speeds of hopper will need
+    python tests/gpu/run.py --out DIR --only speeds --kernel hopper             # alone on the GPU; or --kernel peers
+    compute-sanitizer --tool memcheck python tests/gpu/run.py --out DIR --only sanitizer
 
-Prints tables, and writes gpu.log and gpu.json to DIR. Exits with 1 when a check fails. A check that takes longer than
---limit seconds ends the run with the place where it hangs.
+Prints what it finds, and writes a log and a JSON file of their own to DIR, named after the options; nothing is
+overwritten. The last line is the total, also when a signal or --seconds cuts the run; a check that takes longer than
+--limit seconds ends it with the place where it hangs. Exits with 1 when a check fails, 3 when it was cut.
+
+Under compute-sanitizer set PYTORCH_NO_CUDA_MEMORY_CACHING=1, so that every tensor is an allocation of its own, and run
+`--only random` first: what is compiled then is not compiled again.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import faulthandler
+import importlib
+import itertools
 import json
-import math
 import os
 import pathlib
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
-from functools import partial
-from typing import Any, TextIO
+from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
 
 from dit_sparse.eval import speed  # noqa: E402
 
-# What the portable kernel must reach, from the prototype: 32,768 tokens, 12 heads of 128, bf16, density 0.25.
-TARGET_TFLOPS = 450
-# What the prototype of the Hopper kernel reached at these densities on an H200 with the same shape.
-HOPPER_PROTOTYPE = {1.0: 645, 0.5: 617, 0.25: 601, 0.1: 560}
+# Kernel: the module whose all_checks() returns functions by name, and the function of speeds, called with a log.
+KERNELS = {
+    "portable": ("tests.gpu.checks", "tests.gpu.speeds:portable"),
+    "hopper": ("tests.gpu.hopper_checks", "tests.gpu.speeds:hopper"),
+    "routing": ("tests.gpu.routing_checks", "tests.gpu.routing_checks:speeds"),
+    "fp8": ("tests.gpu.fp8_checks", "tests.gpu.fp8_checks:speeds"),
+    "gna": ("tests.gpu.gna_checks", ""),
+    "soft": ("tests.gpu.soft_checks", "tests.gpu.soft_checks:costs"),
+    "peers": ("", "tests.gpu.speeds:peers"),
+}
+STAGES = ("checks", "compile", "speeds", "random", "sanitizer")
+CUT = 3  # exit code of a run that was cut
 
 
-class Log:
-    """Prints, and writes the same lines to a file."""
+class Run:
+    """The log of one run, and its end, whatever that is."""
 
-    def __init__(self, file: TextIO) -> None:
-        self.file = file
+    def __init__(self, stem: pathlib.Path) -> None:
+        self.path = next(path for path in itertools.chain(
+            [stem], (stem.with_name(f"{stem.name}-{n}") for n in itertools.count(2)))
+            if not path.with_name(path.name + ".log").exists())
+        self.file = self.path.with_name(self.path.name + ".log").open("w")
+        self.result: dict[str, Any] = {}
+        self.passed: list[str] = []
+        self.failed: list[str] = []
+        self.left = 0
+        self.unit = "checks"
+        self._lock = threading.Lock()
+        self._over = False
 
     def __call__(self, text: str) -> None:
-        print(text, flush=True)
-        self.file.write(text + "\n")
-        self.file.flush()
+        """Prints, and writes the same line to the file."""
+        with self._lock:
+            print(text, flush=True)
+            self.file.write(text + "\n")
+            self.file.flush()
+
+    def total(self, why: str = "") -> None:
+        """The last line, once."""
+        if self._over:
+            return
+        self._over = True
+        self((f"{len(self.passed)} {self.unit} passed, {len(self.failed)} failed" if self.unit else "speeds measured")
+             + (f", {self.left} not run" if self.left else "") + (f": cut, {why}" if why else ""))
+        self.result |= {"passed": len(self.passed), "failed": self.failed, "not_run": self.left, "cut": why}
+        self.path.with_name(self.path.name + ".json").write_text(json.dumps(self.result, indent=1) + "\n")
+
+    def cut(self, why: str) -> None:
+        """Ends the process from any thread: a kernel that waits for itself cannot be interrupted."""
+        faulthandler.dump_traceback(all_threads=True)
+        self.total(why)
+        os._exit(CUT)
+
+    def listen(self) -> None:
+        """From now on SIGTERM and SIGINT write the total before they end the process."""
+        signals = {signal.SIGTERM, signal.SIGINT}
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        threading.Thread(target=lambda: self.cut(signal.Signals(signal.sigwait(signals)).name), daemon=True).start()
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """"2/8" as (2, 8)."""
+    try:
+        part, parts = (int(x) for x in text.split("/"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N") from None
+    if not 1 <= part <= parts:
+        raise argparse.ArgumentTypeError(f"{text!r}: I must be 1 to N")
+    return part, parts
 
 
 def checks_of(kernel: str | None) -> dict[str, Callable[[], str]]:
     """The checks of one kernel, or of all, by name."""
-    from tests.gpu import checks, routing_checks
-
-    attention = checks.all_checks()
-    hopper = {name: check for name, check in attention.items() if name.startswith("hopper")}
-    groups = {
-        "portable": {name: check for name, check in attention.items() if name not in hopper},
-        "hopper": hopper,
-        "routing": {f"routing {name}": check for name, check in routing_checks.all_checks().items()},
-    }
-    return groups[kernel] if kernel else {name: check for group in groups.values() for name, check in group.items()}
+    found = {}
+    for name in KERNELS if kernel is None else (kernel,):
+        checks = importlib.import_module(KERNELS[name][0]).all_checks() if KERNELS[name][0] else {}
+        found.update({f"{name} {check}": function for check, function in checks.items()})
+    return found
 
 
-def run_checks(log: Log, kernel: str | None = None, limit: float = 300) -> list[dict[str, Any]]:
-    """Runs every check, or one kernel's; a check that raises has failed, one that hangs ends the process."""
-    found = []
-    for name, function in checks_of(kernel).items():
+def run_checks(run: Run, checks: dict[str, Callable[[], str]], limit: float, stop: Callable[[], bool]) -> None:
+    """Runs checks; one that raises has failed, one that hangs ends the process."""
+    run.left = len(checks)
+    found = run.result["checks"] = []
+    for name, function in checks.items():
+        if stop():
+            return
         start = time.perf_counter()
-        # A kernel that waits for itself cannot be interrupted: the process must end, with its last lines in the log.
-        faulthandler.dump_traceback_later(limit, exit=True)
+        watch = threading.Timer(limit, run.cut, [f"{name} took longer than {limit:g} s"])
+        watch.daemon = True
+        watch.start()
+        faulthandler.dump_traceback_later(limit + 20, exit=True)  # where no other thread gets a turn
         try:
             problem = function()
             torch.cuda.synchronize()
@@ -77,194 +137,115 @@ def run_checks(log: Log, kernel: str | None = None, limit: float = 300) -> list[
             traceback.print_exc()
             problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         finally:
+            watch.cancel()
             faulthandler.cancel_dump_traceback_later()
         torch.cuda.empty_cache()
         seconds = time.perf_counter() - start
         found.append({"check": name, "problem": problem, "seconds": round(seconds, 2)})
-        log(f"{'FAILED' if problem else 'ok':6} {seconds:6.2f} s  {name}" + (f": {problem}" if problem else ""))
-    return found
+        run.left -= 1
+        (run.failed if problem else run.passed).append(name)
+        run(f"{'FAILED' if problem else 'ok':6} {seconds:6.2f} s  {name}" + (f": {problem}" if problem else ""))
 
 
-def run_speeds(log: Log) -> list[dict[str, Any]]:
-    """Times the shapes that matter, dense beside sparse."""
-    shapes: list[dict[str, Any]] = [
-        dict(tokens=32768, heads=12, head_dim=128, densities=(0.5, 0.25, 0.1)),
-        dict(tokens=32768, heads=12, head_dim=128, densities=(0.25,), dtype="fp16"),
-        dict(tokens=32768, heads=12, head_dim=128, densities=(0.25,), block_size=64),
-        dict(tokens=32768, heads=24, head_dim=64, densities=(0.25,)),
-        dict(tokens=75600, heads=12, head_dim=128, densities=(0.25, 0.1)),
-        dict(tokens=8192, heads=12, head_dim=128, densities=(0.25,)),
-        dict(tokens=8192, heads=12, head_dim=128, densities=(0.25,), dtype="fp32"),
-    ]
-    log("  ".join(speed.COLUMNS))
-    rows: list[speed.Row] = []
-    for shape in shapes:
-        rows += speed.bench_attention(**shape, device="cuda", seconds=0.25,
-                                      on_row=lambda row: log("  ".join(row.cells())))
-        torch.cuda.empty_cache()
-    rows += boundary_speeds()
-    log("\n" + speed.table(row.cells() for row in rows))
-    reached = next(row.tflops for row in rows if row.what == "sparse" and abs(row.density - 0.25) < 0.01)
-    log(f"\nportable kernel at density 0.25: {reached:.0f} TFLOP/s, target {TARGET_TFLOPS}")
-    return [dataclasses.asdict(row) for row in rows]
+def run_random(run: Run, cases: int, first: int, part: tuple[int, int], stop: Callable[[], bool]) -> None:
+    """Random calls whose seeds this part holds: those of every N-th kind."""
+    from tests.gpu import random_cases
+
+    kinds = len(random_cases.KINDS)
+    seeds = [seed for seed in range(first, first + cases) if seed % kinds % part[1] == part[0] - 1]
+    run.unit, run.left = "random calls", len(seeds)
+    start = time.perf_counter()
+    wrong: list[str] = []
+
+    def failure(line: str) -> None:
+        wrong.append(line)
+        if len(wrong) <= 50:
+            run(line)
+
+    for chunk in range(0, len(seeds), 250):
+        if stop():
+            break
+        some = seeds[chunk : chunk + 250]
+        totals = random_cases.run(some, "cuda", failure)
+        for name, total in totals.items():
+            run.passed += [f"{name} {seed}" for seed in range(total["calls"] - len(total["failed"]))]
+            run.failed += [f"{name} {seed}" for seed in total["failed"]]
+            most = run.result.setdefault("random", {}).setdefault(name, {"calls": 0, "out": 0.0, "lse": 0.0})
+            most["calls"] += total["calls"]
+            most |= {key: max(most[key], total[key]) for key in ("out", "lse")}
+        run.left -= len(some)
+    for name, most in run.result.get("random", {}).items():
+        run(f"{name}: {most['calls']} calls, error at most {most['out']:.2f} (output) and {most['lse']:.2f} (LSE) of "
+            "what is allowed")
+    run(f"seeds {first} to {first + cases - 1}, part {part[0]} of {part[1]}, {time.perf_counter() - start:.0f} s")
 
 
-def run_hopper_speeds(log: Log) -> list[dict[str, Any]]:
-    """Times the Hopper kernel: densities, head dims, key blocks, persistent programs, uneven heads, boundary tests."""
-    from dit_sparse.kernels import hopper_plan
+def run_sanitizer(run: Run, cases: int | None, part: tuple[int, int], stop: Callable[[], bool]) -> None:
+    """One small call of every kind, made and compared on the CPU, so that little else runs on the GPU."""
+    from tests.gpu import random_cases
 
-    if why := hopper_plan.missing():
-        log(f"speeds of the Hopper kernel left out: {why}")
-        return []
-    densities = (1.0, 0.5, 0.25, 0.1)
-    rows: list[speed.Row] = []
-    for shape in (dict(heads=12, head_dim=128, densities=densities),
-                  dict(heads=12, head_dim=128, densities=(0.25,), dtype="fp16"),
-                  dict(heads=24, head_dim=64, densities=(1.0, 0.25))):
-        rows += speed.bench_attention(tokens=32768, **shape, device="cuda", seconds=0.25,  # type: ignore[arg-type]
-                                      backend="hopper", on_row=lambda row: log("  ".join(row.cells())))
-        torch.cuda.empty_cache()
-    rows += hopper_variants(densities, rows[0].milliseconds) + hopper_tile_speeds() + boundary_speeds("hopper")
-    log("\n" + speed.table(row.cells() for row in rows))
-    for row in rows:
-        nearest = min(densities, key=lambda d: abs(d - row.density))
-        if row.what == "sparse" and row.head_dim == 128 and row.dtype == "bf16":
-            log(f"Hopper kernel at density {row.density:.2f}: {row.tflops:.0f} TFLOP/s, prototype "
-                f"{HOPPER_PROTOTYPE[nearest]}")
-    return [dataclasses.asdict(row) for row in rows]
+    seeds = range(len(random_cases.KINDS))[:cases][part[0] - 1 :: part[1]]
+    run.unit, run.left = "calls", len(seeds)
+    for seed in seeds:
+        if stop():
+            return
+        drawn = random_cases.draw(seed, "cpu", most=200)
+        for name, attend in random_cases.kernels_of(seed).items():
+            out, lse = attend(random_cases.moved(drawn, "cuda"))
+            good, *_ = random_cases.verdict(drawn.inputs, out.cpu(), lse.cpu()).tolist()
+            (run.passed if good else run.failed).append(f"{name} {seed}")
+            run(f"{'ok' if good else 'FAILED':6} {name} seed {seed} ({drawn.kind.name})")
+        run.left -= 1
 
 
-def hopper_variants(densities: tuple[float, ...], dense_ms: float) -> list[speed.Row]:
-    """Persistent programs, 64-key blocks, and heads of uneven density against even ones of the same work."""
-    from dit_sparse.blockmask import BlockLayout, BlockMask
-    from dit_sparse.kernels.blocks import Blocks
-    from dit_sparse.kernels.hopper import block_sparse_attention_hopper
-
-    tokens, heads, dim = 32768, 12, 128
-    query, key, value = (torch.randn(1, tokens, heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    layout, narrow = (BlockLayout.raster(tokens, size, "cuda") for size in (128, 64))
-    uneven = torch.logspace(math.log10(0.02), 0, heads).tolist()
-    masks = {f"random {d}": speed.random_keep(heads, layout.blocks, layout.blocks, d, "cuda") for d in densities}
-    masks["uneven heads"] = torch.cat(
-        [speed.random_keep(1, layout.blocks, layout.blocks, d, "cuda") for d in uneven], dim=1)
-    masks["even heads, same work"] = speed.random_keep(heads, layout.blocks, layout.blocks, sum(uneven) / heads, "cuda")
-    calls = {(name, persistent): (BlockMask.from_dense(keep, layout, layout), persistent)
-             for name, keep in masks.items() for persistent in (False, True)}
-    wide = speed.random_keep(heads, layout.blocks, narrow.blocks, 0.25, "cuda")
-    calls["random 0.25, 64-key blocks", False] = (BlockMask.from_dense(wide, layout, narrow), False)
-    rows = []
-    for (name, _), (mask, persistent) in calls.items():
-        density = mask.density().item()
-        blocks = Blocks.from_mask(mask)
-        call = partial(block_sparse_attention_hopper, query, key, value, blocks, dim**-0.5, persistent=persistent)
-        took = speed.median_ms(call, "cuda", seconds=0.25)
-        rows.append(speed.Row(tokens, heads, dim, 1, "bf16", mask.key.block_size, name + ", persistent" * persistent,
-                              "hopper", density, took, 4 * heads * dim * tokens**2 * density / took / 1e9,
-                              dense_ms / took))
-    return rows
-
-
-def hopper_tile_speeds() -> list[speed.Row]:
-    """Tiles of three grids, the first aligned, the others ragged: rates count pairs of real tokens only."""
-    from dit_sparse import order
-    from dit_sparse.blockmask import BlockMask
-    from dit_sparse.grid import TokenGrid
-    from dit_sparse.kernels.attention import block_sparse_attention, dense_attention
-
-    heads, dim = 12, 128
-    rows = []
-    for sizes, shape in (((20, 48, 80), (4, 4, 8)), ((21, 45, 80), (4, 4, 8)), ((21, 30, 52), (1, 8, 16))):
-        grid = TokenGrid(*sizes)
-        positions, lengths = order.tile(grid, shape)
-        tiles, index = (order.layout(grid, positions, 128, lengths=lengths, tile_shape=tile, device="cuda")
-                        for tile in (shape, None))
-        query, key, value = (torch.randn(1, grid.tokens, heads, dim, device="cuda", dtype=torch.bfloat16)
-                             for _ in range(3))
-        dense_ms = speed.median_ms(partial(dense_attention, query, key, value), "cuda", seconds=0.25)
-        for density in (1.0, 0.25, 0.1):
-            keep = speed.random_keep(heads, tiles.blocks, tiles.blocks, density, "cuda")
-            for way, layout in (("tiles", tiles), ("index", index)):
-                mask = BlockMask.from_dense(keep, layout, layout)
-                found = mask.density().item()
-                took = speed.median_ms(partial(block_sparse_attention, query, key, value, mask, backend="hopper"),
-                                       "cuda", seconds=0.25)
-                name = f"{'x'.join(map(str, sizes))} {way} {'x'.join(map(str, shape))}"
-                rows.append(speed.Row(grid.tokens, heads, dim, 1, "bf16", 128, name, "hopper", found, took,
-                                      4 * heads * dim * grid.tokens**2 * found / took / 1e9, dense_ms / took))
-    return rows
-
-
-def boundary_speeds(backend: str = "triton") -> list[speed.Row]:
-    """What the tests of boundary blocks, and a key mask, cost at 32,768 tokens: every listed block is tested."""
-    from dit_sparse.blockmask import BlockLayout, BlockMask, TokenWindow
-    from dit_sparse.kernels.attention import block_sparse_attention, dense_attention
-
-    tokens, heads, dim, block = 32768, 12, 128, 128
-    query, key, value = (torch.randn(1, tokens, heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    layout = BlockLayout.raster(tokens, block, "cuda")
-    keep = speed.random_keep(heads, layout.blocks, layout.blocks, 0.25, "cuda")
-    place = torch.zeros(3, tokens, dtype=torch.int32, device="cuda")
-    key_mask = torch.ones(1, tokens, dtype=torch.bool, device="cuda")
-    key_mask[:, -200:] = False
-    masks = {"all tested, no window": BlockMask.from_dense(keep, layout, layout, partial=keep)}
-    for count in (1, 3):
-        window = TokenWindow.from_tokens(place[:count], place[:count] - 1, place[:count] + 1, layout, layout)
-        tested = BlockMask.from_dense(keep, layout, layout, partial=keep, window=window)
-        masks[f"all tested, {count} coordinates"] = tested
-    plain = BlockMask.from_dense(keep, layout, layout)
-    sparse = partial(block_sparse_attention, query, key, value, backend=backend)
-    dense = partial(dense_attention, query, key, value)
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    calls: dict[str, Callable[[], Any]] = {name: partial(sparse, mask) for name, mask in masks.items()}
-    calls["sparse, key mask"] = partial(sparse, plain, key_mask=key_mask)
-    calls["dense, key mask"] = partial(dense, key_mask=key_mask)
-    calls["dense, key mask, SDPA"] = partial(F.scaled_dot_product_attention, q, k, v, attn_mask=key_mask[:, None, None])
-    rows = []
-    base = speed.median_ms(dense, "cuda", seconds=0.25)
-    for name, call in calls.items():
-        density = 1.0 if name.startswith("dense") else 0.25
-        took = speed.median_ms(call, "cuda", seconds=0.25)
-        rows.append(speed.Row(tokens, heads, dim, 1, "bf16", block, name,
-                              "" if name.startswith("dense") else backend, density, took,
-                              4 * heads * dim * tokens**2 * density / took / 1e9, base / took))
-    return rows
-
-
-def main() -> int:
-    """Checks and speeds; 1 when a check fails."""
+def main(argv: list[str] | None = None) -> int:
+    """Runs what the options name; 1 when a check fails, 3 when it was cut."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, default=os.environ.get("DIT_SPARSE_GPU_OUT"), help="folder")
-    parser.add_argument("--only", choices=["checks", "speeds"])
-    parser.add_argument("--kernel", choices=["portable", "hopper", "routing"], help="default: all")
+    parser.add_argument("--only", choices=STAGES, help="default: checks, then speeds")
+    parser.add_argument("--kernel", choices=list(KERNELS), help="default: all")
+    parser.add_argument("--part", type=part_of, default=(1, 1), metavar="I/N", help="every N-th check, from the I-th")
+    parser.add_argument("--cases", type=int, help="random calls (20,000), or kinds of calls under the sanitizer (all)")
+    parser.add_argument("--seed", type=int, default=0, help="first seed of random calls")
     parser.add_argument("--limit", type=float, default=300, help="seconds a check may take")
-    options = parser.parse_args()
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="after which nothing new is begun")
+    options = parser.parse_args(argv)
     if options.out is None:
         parser.error("--out is missing (or the environment variable DIT_SPARSE_GPU_OUT)")
     if not torch.cuda.is_available():
         print("no CUDA GPU here: nothing was run")
         return 0
-    out = pathlib.Path(options.out)
+    start = time.monotonic()
+    out, part = pathlib.Path(options.out), options.part
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "gpu.log").open("w") as file:
-        log = Log(file)
-        where = speed.environment("cuda")
-        log(", ".join(f"{name} {value}" for name, value in where.items()))
-        result: dict[str, Any] = {"environment": where}
-        if options.only != "speeds":
-            result["checks"] = run_checks(log, options.kernel, options.limit)
-            failed = [check["check"] for check in result["checks"] if check["problem"]]
-            log(f"{len(result['checks']) - len(failed)} checks passed, {len(failed)} failed\n")
-        (out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
-        if options.only != "checks":
-            from tests.gpu import routing_checks
+    run = Run(out / "-".join(["gpu", options.kernel or "all", options.only or "both",
+                              *([f"{part[0]}-of-{part[1]}"] if part[1] > 1 else [])]))
+    run.listen()
+    reason = f"more than {options.seconds:g} s"
 
-            measures = {"portable": run_speeds, "hopper": run_hopper_speeds, "routing": routing_checks.speeds}
-            for name, run in measures.items():
-                if options.kernel in (None, name):
-                    result["speeds" if name == "portable" else f"{name}_speeds"] = run(log)
-                    (out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
-        (out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
-    return int(any(check["problem"] for check in result.get("checks", [])))
+    def stop() -> bool:
+        return time.monotonic() - start > options.seconds
+
+    run.result["environment"] = speed.environment("cuda")
+    run(", ".join(f"{name} {value}" for name, value in run.result["environment"].items()))
+    if options.only == "random":
+        run_random(run, 20_000 if options.cases is None else options.cases, options.seed, part, stop)
+    elif options.only == "sanitizer":
+        run_sanitizer(run, options.cases, part, stop)
+    elif options.only != "speeds":
+        if options.only == "compile":
+            from tests.gpu.speeds import compile_hopper
+        every = list((compile_hopper() if options.only == "compile" else checks_of(options.kernel)).items())
+        run_checks(run, dict(every[part[0] - 1 :: part[1]]), options.limit, stop)
+    if options.only in (None, "speeds"):
+        run.unit = run.unit if options.only is None else ""
+        for name, (_, speeds) in KERNELS.items():
+            if speeds and options.kernel in (None, name) and not stop():
+                module, function = speeds.split(":")
+                run.result[f"{name}_speeds"] = getattr(importlib.import_module(module), function)(run)
+    cut = reason if stop() and run.left else ""
+    run.total(cut)
+    return 1 if run.failed else CUT if cut else 0
 
 
 if __name__ == "__main__":

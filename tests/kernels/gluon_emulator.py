@@ -18,6 +18,7 @@ from triton.runtime.jit import JITFunction
 
 from dit_sparse.kernels import hopper, hopper_copies, hopper_kernel
 from dit_sparse.kernels.blocks import Blocks
+from dit_sparse.kernels.hopper_plan import Tuning
 
 _PATIENCE = 20.0  # seconds that a role may wait: longer means that it would wait forever
 _changed = threading.Condition()
@@ -229,7 +230,8 @@ def _gather(key: Tensor, value: Tensor, index: Tensor, slots: int) -> tuple[Tens
 
 
 def emulate(
-    query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float, *, programs: int | None = None
+    query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float, *, programs: int | None = None,
+    ragged_boxes: bool = False, overlap: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`block_sparse_attention_hopper` on CPU tensors; `programs`: how many persistent ones, None: one per tile.
 
@@ -242,7 +244,9 @@ def emulate(
     lse = torch.full((B, H, Lq), torch.nan)
     real, hopper.gather_slots = hopper.gather_slots, _gather
     try:
-        calls = list(hopper.launches(query, key, value, blocks, scale, out, lse, programs is not None))
+        calls = list(hopper.launches(query, key, value, blocks, scale, out, lse,
+                                     Tuning(persistent=programs is not None, ragged_boxes=ragged_boxes,
+                                            overlap=overlap)))
     finally:
         hopper.gather_slots = real
     for arguments, constants, tiles in calls:

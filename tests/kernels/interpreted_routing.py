@@ -86,6 +86,9 @@ def random_rule(kind: str, B: int, H: int, nq: int, nk: int) -> Iterator[Rule]:
                forced_columns=torch.rand(B, H, nk) < 0.1, least=3)
     yield Rule(kind, amounts(B, H, nq, 1), forced_rows=torch.rand(1, H, nq) < 0.3, columns=slice(2, 2))
     if nq == nk:
+        if kind != "top_p":
+            yield Rule(kind, amounts(B, H, nq, 1), near=2, rows=slice(0, nq - 1), columns=slice(0, nk - 1))
+            yield Rule(kind, plain[kind][1], near=1)
         yield Rule(kind, amounts(1, H, 1, 1), own=True, forced_columns=torch.rand(nk) < 0.1, columns=slice(0, nk // 2))
 
 

@@ -70,14 +70,14 @@ def select(kind: str, blocks: int = 591, forced: bool = False, **options: Any) -
     columns = triton.next_power_of_2(blocks)
     types = dict.fromkeys(("QUERY_LENGTHS", "KEY_LENGTHS", "LISTS", "WHOLE", "BOUNDARY"), "*i32")
     types |= {"SCORES": "*fp32", "PAIRS": "*i64", "amount": {"top_p": "i64", "threshold": "fp32"}.get(kind, "i32")}
-    constants = dict(KIND=routing._KINDS.index(kind), SOFTMAX=False, LEAST=1, OWN=False, KEY_BLOCK=128,
+    constants = dict(KIND=routing._KINDS.index(kind), SOFTMAX=False, LEAST=1, OWN=False, NEAR=0, KEY_BLOCK=128,
                      ROWS=routing.TILE, COLUMNS=columns, AMOUNT=None) | options
     for name in ("FORCED_ROWS", "FORCED_COLUMNS"):
         (types if forced else constants)[name] = "*i1" if forced else None
     if forced:  # and amounts of their own for every row
         constants.pop("AMOUNT")
         types["AMOUNT"] = "*fp32" if kind == "threshold" else "*i64"
-    return Case(routing.select_kernel, types, constants, routing.warps_of_row(columns))
+    return Case(routing.select_kernel, types, constants, routing.warps_of_row(columns, kind))
 
 
 def sampled(dtype: torch.dtype = BF16, head_dim: int = 128, key_mask: bool = False) -> Case:

@@ -1,10 +1,11 @@
-"""The Hopper kernel on the CPU: what it refuses, its plan, that nothing chooses it yet, and its source emulated.
+"""The Hopper kernel on the CPU: what it refuses, its plan, who chooses it, its fall-back, and its source emulated.
 
 Triton's interpreter does not run Gluon. gluon_emulator.py runs the kernel's source as threads instead, which shows
 neither layouts nor speed: tests/gpu does, and test_offline.py compiles the kernel for sm_90.
 """
 
 import dataclasses
+from collections import Counter
 
 import pytest
 import torch
@@ -15,7 +16,15 @@ from dit_sparse.grid import TokenGrid
 from dit_sparse.kernels import attention, hopper_plan
 from dit_sparse.kernels.attention import block_sparse_attention, can_run, choose_backend, device_backends
 from dit_sparse.kernels.blocks import Blocks
-from dit_sparse.kernels.hopper_plan import bulk_readable, bulk_strides, common_box, half_of, make_plan, tile_tokens
+from dit_sparse.kernels.hopper_plan import (
+    bulk_readable,
+    bulk_strides,
+    common_box,
+    half_of,
+    make_plan,
+    prefers_persistent,
+    tile_tokens,
+)
 from dit_sparse.kernels.reference import attention_reference
 from tests.kernels.cases import Case, build, check
 
@@ -74,20 +83,96 @@ def test_refused_by_name_in_one_line() -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("variable, chosen", [(None, "cpu"), ("0", "cpu"), ("1", "hopper")])
-def test_never_chosen_by_itself_unless_the_environment_asks(
+def able(monkeypatch: pytest.MonkeyPatch, run: object = None) -> None:
+    """As if the Hopper kernel, and the portable one as its fall-back, could run here."""
+    hopper, triton, *others = attention._BACKENDS
+    hopper = dataclasses.replace(hopper, reasons=lambda *_: [], missing=lambda: "")
+    monkeypatch.setattr(attention, "_BACKENDS", (hopper, triton, *others))
+    for name, value in (("_failed", {}), ("_started", set()), ("fallbacks", Counter())):
+        monkeypatch.setattr(attention, name, value)
+    monkeypatch.setattr(attention, "triton_reasons", lambda *_: [])
+    monkeypatch.setattr(attention, "_run_triton", attention._run_reference)
+    if run is not None:
+        monkeypatch.setattr(attention, "_run_hopper", run)
+
+
+@pytest.mark.parametrize("variable, chosen", [
+    (None, "hopper"), ("1", "hopper"), ("", "hopper"), ("0", "cpu"), ("Off", "cpu"), (" false", "cpu"),
+])
+def test_chosen_first_unless_the_environment_switches_it_off(
     monkeypatch: pytest.MonkeyPatch, variable: str | None, chosen: str
 ) -> None:
     monkeypatch.delenv("DIT_SPARSE_HOPPER", raising=False)
     if variable is not None:
         monkeypatch.setenv("DIT_SPARSE_HOPPER", variable)
-    able = dataclasses.replace(attention._BACKENDS[0], reasons=lambda *_: [], missing=lambda: "")
-    monkeypatch.setattr(attention, "_BACKENDS", (able, *attention._BACKENDS[1:]))
+    able(monkeypatch)
     inputs = build(Case())
     assert choose_backend(inputs.query, inputs.key, inputs.value, inputs.mask) == chosen
     name, available, words = device_backends()[0]
-    assert (name, available) == ("hopper", True) and "not yet proven on a GPU" in words
-    assert ("used only with backend='hopper' or DIT_SPARSE_HOPPER=1" in words) == (chosen == "cpu")
+    assert (name, available) == ("hopper", True)
+    assert words == "Hopper kernel (Gluon)" + (
+        f"; switched off by DIT_SPARSE_HOPPER={variable}, used only with backend='hopper'" if chosen == "cpu" else "")
+
+
+def test_a_kernel_that_does_not_start_is_replaced_counted_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DIT_SPARSE_HOPPER", raising=False)
+    tries: list[object] = []
+
+    def broken(query, key, value, blocks, scale):  # type: ignore[no-untyped-def]
+        tries.append(blocks)
+        raise NameError("name 'warpgroup_mma' is not defined\nin the kernel")
+
+    able(monkeypatch, broken)
+    inputs = build(Case())
+    arguments, ran = (inputs.query, inputs.key, inputs.value, inputs.mask), []
+    with pytest.warns(UserWarning, match="did not start .NameError: name 'warpgroup_mma' is not defined.: such"):
+        out, lse = block_sparse_attention(*arguments, scale=inputs.scale, on_backend=ran.append)
+    assert check(inputs, out, lse) == ""
+    block_sparse_attention(*arguments, on_backend=ran.append, backend="reference")
+    block_sparse_attention(*arguments, on_backend=ran.append)
+    assert ran == ["triton", "reference", "cpu"] and len(tries) == 1
+    assert list(attention.fallbacks.values()) == [2]
+    assert "1 kind(s) of calls run on triton instead: the Hopper kernel did not start" in device_backends()[0][2]
+    # Asked for by name it raises, and so does every other kind's own error.
+    monkeypatch.setattr(attention, "_named", lambda name: dataclasses.replace(attention._BACKENDS[0], run=broken))
+    with pytest.raises(NameError):
+        block_sparse_attention(*arguments, backend="hopper")
+
+
+def test_the_summary_says_that_slower_kernels_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dit_sparse import SparseProc, routing
+    from dit_sparse.session import RunSession
+
+    monkeypatch.setattr(attention, "fallbacks", Counter({"an earlier run": 3}))
+    monkeypatch.setattr(routing, "plain_calls", Counter())
+    session = RunSession(SparseProc())
+    assert session.notes() == []
+    attention.fallbacks["the Hopper kernel did not start (NameError: x)"] += 2
+    routing.plain_calls["head dim 160 is above 128"] += 1
+    assert session.notes() == ["2 x the Hopper kernel did not start (NameError: x)",
+                               "1 x masks in plain PyTorch: head dim 160 is above 128"]
+    session.forget()
+    assert session.notes() == []
+
+
+def test_errors_of_a_kernel_that_ran_before_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DIT_SPARSE_HOPPER", raising=False)
+    answers: list[object] = [torch.OutOfMemoryError("no memory"), None, RuntimeError("CUDA error")]
+
+    def once(*arguments):  # type: ignore[no-untyped-def]
+        if (error := answers.pop(0)) is not None:
+            raise error
+        return attention._run_reference(*arguments)
+
+    able(monkeypatch, once)
+    inputs = build(Case())
+    arguments = (inputs.query, inputs.key, inputs.value, inputs.mask)
+    with pytest.raises(torch.OutOfMemoryError):
+        block_sparse_attention(*arguments)
+    block_sparse_attention(*arguments)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        block_sparse_attention(*arguments)
+    assert not attention.fallbacks and not attention._failed
 
 
 @pytest.mark.parametrize("setting, words", [
@@ -103,7 +188,7 @@ def test_missing_says_why(monkeypatch: pytest.MonkeyPatch, setting: dict, words:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: setting.get("capability", (9, 0)))
     with pytest.raises(AssertionError, match=words):
-        raise AssertionError(hopper_plan.missing.__wrapped__())
+        raise AssertionError(hopper_plan._missing.__wrapped__())
 
 
 def test_plan_without_masks_takes_the_lists_as_they_are() -> None:
@@ -113,6 +198,13 @@ def test_plan_without_masks_takes_the_lists_as_they_are() -> None:
     assert [make_plan(dataclasses.replace(blocks, key_block=block), 239, dim, dim).stages
             for dim in (64, 96) for block in (64, 128)] == [4, 4, 4, 2]
     assert make_plan(blocks, 239, 64, 72).width == 128
+
+
+def test_persistent_programs_are_chosen_where_they_were_measured_to_be_faster() -> None:
+    blocks = Blocks.from_mask(build(FITS).mask)
+    for dim, key_block, wanted in ((128, 128, True), (96, 128, True), (64, 128, False), (128, 64, False)):
+        chosen = dataclasses.replace(blocks, key_block=key_block)
+        assert prefers_persistent(chosen, make_plan(chosen, 239, dim, dim)) is wanted
 
 
 def test_plan_with_a_key_mask_demotes_blocks_and_flags_keys() -> None:
@@ -147,12 +239,15 @@ def test_which_tiles_are_copied_as_boxes(grid: TokenGrid, shape: tuple[int, int,
     layout = tiled(grid, shape)
     keep = torch.ones(layout.blocks, layout.blocks, dtype=torch.bool)
     blocks = Blocks.from_mask(BlockMask.from_dense(keep, layout, layout))
-    assert (common_box(blocks) is not None) == wanted
-    assert common_box(dataclasses.replace(blocks, key_box=None)) is None
-    plan = make_plan(blocks, grid.tokens, 128, 128)
-    assert plan.video_blocks == (order.video_blocks(layout, grid) if wanted else 0)
-    assert common_box(dataclasses.replace(blocks, key_coordinates=torch.zeros(1, layout.slots))) is None or (
-        not any(n % t for n, t in zip(grid.sizes, shape, strict=True)))
+    ragged = any(n % t for n, t in zip(grid.sizes, shape, strict=True))
+    assert (common_box(blocks, ragged=True) is not None) == wanted
+    assert (common_box(blocks) is not None) == (wanted and not ragged)
+    assert common_box(dataclasses.replace(blocks, key_box=None), ragged=True) is None
+    for allowed in (False, True):
+        plan = make_plan(blocks, grid.tokens, 128, 128, ragged_boxes=allowed)
+        assert plan.video_blocks == (order.video_blocks(layout, grid) if wanted and (allowed or not ragged) else 0)
+    windowed = dataclasses.replace(blocks, key_coordinates=torch.zeros(1, layout.slots))
+    assert common_box(windowed, ragged=True) is None or not ragged
 
 
 @pytest.mark.parametrize("text_at", ["front", "back", "none"])
@@ -181,7 +276,8 @@ def test_cut_tiles_are_flagged_with_and_without_a_key_mask() -> None:
     mask = BlockMask.from_dense(keep, layout, layout)
     key_mask = torch.rand(2, GRID.tokens, generator=torch.Generator().manual_seed(0)) < 0.9
     token = tile_tokens(layout.box or (), torch.device("cpu"))
-    plain, masked = (make_plan(Blocks.from_mask(mask, m), GRID.tokens, 128, 128) for m in (None, key_mask))
+    plain, masked = (make_plan(Blocks.from_mask(mask, m), GRID.tokens, 128, 128, ragged_boxes=True)
+                     for m in (None, key_mask))
     assert plain.flags is not None and torch.equal(plain.flags[0, 0] == 1, token >= 0)
     assert plain.whole is mask.whole
     assert masked.flags is not None
@@ -276,8 +372,8 @@ def test_the_kernels_source_copies_tiles(grid: TokenGrid, shape: tuple[int, int,
     query, key, value = (torch.randn(2, grid.tokens, 2, 64, generator=generator).half() for _ in range(3))
     key_mask = torch.rand(2, grid.tokens, generator=generator) < 0.9 if masked else None
     blocks = Blocks.from_mask(mask, key_mask)
-    assert common_box(blocks) is not None
-    out, lse = emulate(query, key, value, blocks, 0.125)
+    assert common_box(blocks, ragged=True) is not None
+    out, lse = emulate(query, key, value, blocks, 0.125, ragged_boxes=True)
     want, want_lse = attention_reference(query, key, value, mask.token_mask(), 0.125, key_mask)
     torch.testing.assert_close(out, want, atol=2e-3, rtol=0)
     torch.testing.assert_close(lse, want_lse, atol=1e-4, rtol=0)

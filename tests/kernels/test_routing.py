@@ -91,7 +91,7 @@ def test_plain_routing_never_reads_a_tensor() -> None:
             assert routing.listed_mass(x, x, lse, found, 1.0, key_mask=mask).shape == (1, 2, 4, 4)
 
 
-def test_kernels_are_used_only_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_are_used_on_a_gpu_unless_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     class OnGPU:
         device, dtype, shape = torch.device("cuda"), torch.float16, (1, 10, 1, 64)
 
@@ -99,14 +99,11 @@ def test_kernels_are_used_only_where_they_are_asked_for(monkeypatch: pytest.Monk
     real = routing.triton_reasons
     monkeypatch.setattr(routing, "triton_reasons", lambda *tensors: [] if tensors[0] is x else real(*tensors))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(routing, "KERNELS_BY_DEFAULT", False)
-    for wanted, default, used in (("", False, False), ("0", False, False), ("1", False, True), ("", True, True),
-                                  ("0", True, False), ("On", False, True), ("TRUE", False, True), ("Off", True, False),
-                                  ("false", True, False)):
+    for wanted, used in (("", True), ("1", True), ("TRUE", True), ("0", False), ("Off", False), (" false", False)):
         monkeypatch.setenv("DIT_SPARSE_ROUTING", wanted)
-        monkeypatch.setattr(routing, "KERNELS_BY_DEFAULT", default)
         assert routing._use_kernels(x, 10, None) is used
-    monkeypatch.setenv("DIT_SPARSE_ROUTING", "1")
+    assert routing._use_kernels(x, 10, True)
+    monkeypatch.delenv("DIT_SPARSE_ROUTING")
     assert not routing._use_kernels(torch.zeros(1, 10, 1, 64), 10, None)
     routing.plain_calls.clear()
     assert not routing._use_kernels(x, 2**20, None)
@@ -114,6 +111,21 @@ def test_kernels_are_used_only_where_they_are_asked_for(monkeypatch: pytest.Monk
     assert not routing._use_kernels(x, 10, False)
     # Query and key decide together: nobody who did not ask for kernels sees their error.
     assert not routing._use_kernels(x, 10, None, torch.zeros(1, 10, 1, 64, dtype=torch.float64))
+
+
+def test_doctor_says_which_kernels_make_the_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dit_sparse import doctor
+
+    def found() -> doctor.Check:
+        return next(check for check in doctor.examine() if check.name == "routing kernels")
+
+    monkeypatch.delenv("DIT_SPARSE_ROUTING", raising=False)
+    if not torch.cuda.is_available():
+        assert found().status == "note" and "plain PyTorch" in found().detail
+    monkeypatch.setattr(routing, "triton_reasons", lambda *_: [])
+    assert found() == doctor.Check("routing kernels", "ok", "Triton kernels make the masks")
+    monkeypatch.setenv("DIT_SPARSE_ROUTING", "off")
+    assert found().status == "note" and found().detail.startswith("switched off by DIT_SPARSE_ROUTING=off")
 
 
 def test_what_is_refused() -> None:

@@ -22,6 +22,8 @@ VARIANTS = [(name, {}) for name in METHODS] + [
     ("rainfusion", {"sink": False, "count_forced": False}),
     ("rainfusion2", {"count_forced": False}),
     ("rainfusion2", {"sink": False, "tile": 3}),
+    ("sol", {"variance": "exact", "order": "raster"}),
+    ("sol", {"density": 0.3, "order": "tiles"}),
 ]
 GRIDS = [
     TokenGrid(1, 1, 1),

@@ -13,7 +13,7 @@ from dit_sparse.grid import TokenGrid
 from dit_sparse.methods import all_methods, build, family_options
 from dit_sparse.methods.base import Call
 
-SHIPPED = ["dense", "gna", "radial", "rainfusion", "rainfusion2", "svg"]
+SHIPPED = ["dense", "gna", "radial", "rainfusion", "rainfusion2", "sol", "svg"]
 PARTS = ["order", "score", "select", "operate", "remember"]
 DOCS = Path(__file__).parents[2] / "docs"
 

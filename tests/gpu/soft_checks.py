@@ -1,0 +1,147 @@
+"""What must hold of soft blocks on a GPU, and their cost. Every check returns "" or what is wrong.
+
+    python tests/gpu/soft_checks.py             # checks, then costs; exits with 1 when a check fails
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
+import torch  # noqa: E402
+
+from dit_sparse import routing  # noqa: E402
+from dit_sparse.blockmask import BlockLayout, BlockMask  # noqa: E402
+from dit_sparse.grid import TokenGrid  # noqa: E402
+from dit_sparse.kernels.attention import block_sparse_attention  # noqa: E402
+from dit_sparse.kernels.soft import merge_soft_blocks  # noqa: E402
+from dit_sparse.memory import Memory  # noqa: E402
+from dit_sparse.methods import build  # noqa: E402
+from dit_sparse.methods.base import Call  # noqa: E402
+from tests.gpu.checks import poisoned  # noqa: E402
+from tests.kernels.cases import Case  # noqa: E402
+from tests.kernels.soft_rule import BF16, CASES, FP16, check, inputs_of, masked_out, means_of, merge, run  # noqa: E402
+
+TOKENS, HEADS, DIM = 75_600, 40, 128
+
+
+def accuracy(case: Case) -> str:
+    """The kernel keeps the accuracy rule, with NaN in all fresh memory."""
+    inputs = inputs_of(case, "cuda")
+    with poisoned():
+        return check(inputs, *run(inputs, True)) or check(inputs, *merge(inputs, True))
+
+
+def blocks_without_keys() -> str:
+    """Blocks whose keys are all masked are no entries."""
+    with poisoned():
+        inputs = masked_out("cuda", dtype=BF16)
+        return check(inputs, *run(inputs, True))
+
+
+def repeats_and_never_waits() -> str:
+    """A hundred equal results, and no wait for the device."""
+    inputs = inputs_of(Case(1023, 1500, head_dim=128, dtype=BF16, order="heads", heads=3), "cuda")
+    means, first = means_of(inputs), None
+    hard = block_sparse_attention(inputs.query, inputs.key, inputs.value, inputs.mask)
+    for _ in range(100):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            got = merge_soft_blocks(inputs.query, *means, inputs.mask, *(x.clone() for x in hard))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        if first is not None and not all(torch.equal(a, b) for a, b in zip(got, first, strict=True)):
+            return "two runs differ"
+        first = got
+    return ""
+
+
+def sol_never_waits() -> str:
+    """Planning and computing of `sol`."""
+    grid = TokenGrid(5, 30, 45, text=40, text_at="front")
+    query, key, value = torch.randn(3, 1, grid.tokens, 3, 64, device="cuda", dtype=BF16).unbind(0)
+    memory = Memory()
+    for attempt in range(2):
+        call = Call(query, key, value, grid, 0.125, cached=memory.static)
+        torch.cuda.set_sync_debug_mode("error" if attempt else "default")
+        try:
+            plan = build("sol").plan(call)
+            plan.operator.run(call, plan.mask, block_sparse_attention)  # type: ignore[arg-type]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return ""
+
+
+def costs(log: Callable[[str], None]) -> None:
+    """Milliseconds of soft blocks beside the attention that they complete, 75,600 tokens, 40 heads of 128, bf16.
+
+    Args:
+        log: takes every line.
+    """
+    from dit_sparse.eval.speed import median_ms
+    from dit_sparse.kernels import soft_kernel
+    from dit_sparse.kernels.blocks import Blocks
+    from dit_sparse.kernels.portable import Tile
+
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, TOKENS, HEADS, DIM, device="cuda", dtype=BF16).unbind(0)
+    time = partial(median_ms, device="cuda", seconds=0.25)
+    for block in (128, 64):
+        layout = BlockLayout.raster(TOKENS, block, "cuda")
+        keep = torch.rand(1, HEADS, layout.blocks, layout.blocks, device="cuda") < 0.15
+        mask = BlockMask.from_dense(keep, layout, layout)
+        out, lse = block_sparse_attention(query, key, value, mask)
+        whole = time(lambda m=mask: block_sparse_attention(query, key, value, m))
+        log(f"blocks of {block}: {whole:.3f} ms for the listed blocks, density {float(mask.density()):.3f}")
+
+        def row(what: str, function: Callable[[], Any], whole: float = whole) -> None:
+            took = time(function)
+            log(f"{took:8.3f} ms  {100 * took / whole:6.2f} %  {what}")
+
+        means = [routing.pool(x, layout) for x in (key, value)]
+        blocks, columns = Blocks.from_mask(mask), -(-layout.blocks // 128) * 128
+        row("means of the values", lambda y=layout: routing.pool(value, y))
+        row("marks of the listed blocks", lambda b=blocks, c=columns: soft_kernel.listed_blocks(b, c))
+        original = soft_kernel.tile_of
+        tiles = [(128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3)]
+        try:
+            for sizes in [None, *(t for t in tiles if t[0] <= block)]:
+                soft_kernel.tile_of = original if sizes is None else lambda *_, s=sizes: Tile(*s)
+                row(f"soft blocks, marks and casts included, {sizes or 'tile as chosen'}",
+                    lambda p=means, m=mask, o=out, e=lse: merge_soft_blocks(query, *p, m, o, e, kernels=True))
+        finally:
+            soft_kernel.tile_of = original
+
+
+def all_checks() -> dict[str, Callable[[], str]]:
+    """Every check by name."""
+    cases = [dataclasses.replace(case, dtype=dtype) for case in CASES for dtype in dict.fromkeys((case.dtype, BF16, FP16))]
+    found: dict[str, Callable[[], str]] = {f"accuracy {case.name}": partial(accuracy, case) for case in cases}
+    return found | {f.__name__: f for f in (blocks_without_keys, repeats_and_never_waits, sol_never_waits)}
+
+
+def main() -> int:
+    """Checks and costs; 1 when a check fails."""
+    if not torch.cuda.is_available():
+        print("no CUDA GPU here: nothing was run")
+        return 0
+    failed = 0
+    for name, one in all_checks().items():
+        try:
+            problem = one()
+        except Exception as error:
+            problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        failed += bool(problem)
+        print(f"{'FAILED' if problem else 'ok':6}  {name}" + (f": {problem}" if problem else ""), flush=True)
+    costs(partial(print, flush=True))
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
