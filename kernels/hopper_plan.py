@@ -19,8 +19,9 @@ from .blocks import Blocks
 QUERY_BLOCK = 128
 KEY_BLOCKS = (64, 128)
 MAX_HEAD_DIM = 128
-# Whether `Tuning.overlap` is on unless asked for: not measured yet. Without it the assembler (ptxas 12.8) puts the wait
-# for the output of a block before all but 31 of the 300 instructions of the next block's softmax.
+# Whether `Tuning.overlap` is on unless asked for. Without it the assembler (ptxas 12.8) puts the wait for the output of
+# a block before all but 31 of the 300 instructions of the next block's softmax; with it every call was slower all the
+# same, by 1 to 3 % in raster order and up to 10 % with tiles (H200, bf16, November 2026).
 OVERLAP = False
 
 
@@ -189,12 +190,11 @@ def prefers_persistent(blocks: Blocks, plan: Plan) -> bool:
     """Whether persistent programs are expected to be faster than one program per tile, where they are possible.
 
     The density lies on the device, so that one rule serves all densities. H200, bf16, 32,768 tokens, 12 heads of 128,
-    November 2026, TFLOP/s of one program per tile -> persistent: density 1: 645 -> 652, .5: 633 -> 604, .25: 616 ->
-    622, .1: 578 -> 594; heads of uneven density: 592 -> 607, of even density and equal work 619 -> 620. The row at .5
-    is in doubt: the same call, one program per tile, gave 595 earlier in that run. Other widths and key blocks are not
-    measured.
+    November 2026, TFLOP/s of one program per tile -> persistent, taking turns: density 1: 645 -> 653, .5: 627 -> 637,
+    .25: 611 -> 618, .1: 570 -> 582; heads of uneven density 625 -> 626, of even density and equal work 603 -> 612. 24
+    heads of 64: density 1: 457 -> 473, .25: 425 -> 449. 64-key blocks lose: 573 -> 558, 547 -> 542.
     """
-    return plan.width == 128 and blocks.key_block == 128
+    return blocks.key_block == 128
 
 
 def common_box(blocks: Blocks, *, ragged: bool = False) -> tuple[int, ...] | None:
@@ -202,9 +202,10 @@ def common_box(blocks: Blocks, *, ragged: bool = False) -> tuple[int, ...] | Non
 
     A tile must fill its block, with powers of two along each axis, and divide the grid. Tiles that the grid cuts are
     faster through the index, keys and values put in order once. H200, bf16, 12 heads of 128, November 2026, TFLOP/s
-    over real tokens at density 1, .25, .1: 21x45x80 in tiles of 4x4x8, boxes 432, 411, 403, index 455, 438, 418;
-    21x30x52 in tiles of 1x8x16, boxes 360, 349, 323, index 391, 374, 346. Where tiles divide the grid, 20x48x80: boxes
-    653, 621, 591, index 631, 622, 565.
+    over real tokens at density 1, .25, .1: 21x45x80 in tiles of 2x8x8, boxes 477, 465, 457, index 539, 518, 493;
+    21x30x52 in tiles of 4x8x4, boxes 396, 391, 368, index 440, 428, 400. Where tiles divide the grid, 20x48x80 in
+    4x4x8, boxes 653 and 630, 621, 591, index 631 and 673, 622 and 638, 565 and 597 in two runs: equal within the noise,
+    and boxes need no copy.
 
     Args:
         blocks: the lists and layouts.
