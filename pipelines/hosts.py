@@ -37,7 +37,7 @@ def call_host(
         (F, 3, H, W) float32 on the CPU in [0, 1]; F is 1 for an image host.
 
     Raises:
-        ValueError: the host does not take one of the arguments.
+        ValueError: the host does not take one of the arguments, or made numbers that are not finite.
     """
     names = accepted(pipe)
     arguments = {name: value for name, value in {**wanted, **(extra or {})}.items() if value is not None}
@@ -55,8 +55,12 @@ def call_host(
         output = pipe(**arguments)
     made = output.frames if hasattr(output, "frames") else output.images
     # [B, F, 3, H, W] from a video host, [B, 3, H, W] from an image host
-    clip = made[0] if made.ndim == 5 else made[:1]
-    return clip.detach().float().cpu().clamp(0, 1)
+    clip = (made[0] if made.ndim == 5 else made[:1]).detach().float().cpu()
+    if not torch.isfinite(clip).all():  # as pixels they would be black
+        dtype = str(getattr(pipe, "dtype", "dtype")).removeprefix("torch.")
+        raise ValueError(f"{type(pipe).__name__} made numbers that are not finite: its weights are damaged, or they "
+                         f"do not bear {dtype}")
+    return clip.clamp(0, 1)
 
 
 def _text_length(pipe: Any, names: Mapping[str, inspect.Parameter]) -> int | None:

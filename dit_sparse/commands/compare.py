@@ -15,6 +15,7 @@ from .request import (
     shape_of,
     sheet_path,
     sparse_proc,
+    warn_of_small_size,
     warn_of_unknown_words,
 )
 
@@ -56,6 +57,7 @@ def compare(
     own = preset["options"] if method in (None, preset["method"]) else {}
     proc = sparse_proc(method or preset["method"], {**own, **given})
     warn_of_unknown_words(model, [text])
+    warn_of_small_size(model, shape)
     pipe = open_pipeline(model, device, proc)
     import torch
 

@@ -16,6 +16,7 @@ from .request import (
     shape_of,
     sheet_path,
     sparse_proc,
+    warn_of_small_size,
     warn_of_unknown_words,
 )
 
@@ -52,6 +53,7 @@ def generate(
     paths = plan_outputs(output, prompts, suffix, seed, into_folder=many)
     proc = sparse_proc(method, parse_options(options or []) | ({} if density is None else {"density": density}))
     warn_of_unknown_words(model, prompts)
+    warn_of_small_size(model, shape)
     pipe = open_pipeline(model, device, proc)
     with refusing():
         from .. import enable, summary

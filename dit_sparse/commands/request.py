@@ -80,6 +80,15 @@ def warn_of_unknown_words(model: str, prompts: Sequence[str]) -> None:
             warn(f"the embedded model does not know {words}; it knows such as: {EXAMPLES[0]!r}")
 
 
+def warn_of_small_size(model: str, shape: Shape) -> None:
+    """The embedded model was trained from its preview size up: what it makes below that is no picture."""
+    from ..pipelines.embedded import DEFAULTS
+
+    least = DEFAULTS["height"]
+    if model == "embedded" and min(shape.height or least, shape.width or least) < least:
+        warn(f"the embedded model was trained at {least}x{least} and above; smaller clips show little")
+
+
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
     """`name=value` pairs as keyword arguments; values are Python literals, triples such as 3x4x5, or text."""
     options: dict[str, Any] = {}

@@ -22,8 +22,8 @@ COMPARE: dict[str, dict[str, Any]] = {
         "frames": 33,
         "steps": 8,
         "guidance_scale": 1.0,
-        # Two quiet cores, November 2026: 2.21x the dense run at 29.7 dB. With layer 0 dense and density 0.15 instead,
-        # 27.4 dB and slower: eight steps leave little to dense layers.
+        # Two quiet cores, November 2026: 2.1 to 2.2x the dense run. With layer 0 dense and density 0.15 instead, slower
+        # and 2 dB further from dense: eight steps leave little to dense layers.
         "method": "svg",
         "options": {"density": 0.2, "dense_layers": 0},
     },

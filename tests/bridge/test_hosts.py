@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dit_sparse import bridge
+from dit_sparse import bridge, disable, enable, summary
 from dit_sparse.families import FAMILIES
 from tests.bridge.hosts import HOSTS, Host, call
 from tests.bridge.more_hosts import MORE
@@ -176,3 +178,39 @@ def test_every_class_of_the_table_has_a_tested_host() -> None:
     tested = {host.cls for host in HOSTS + MORE}
     assert tested == {name for family in FAMILIES for name in family.classes}
     assert len({name for family in FAMILIES for name in family.classes}) == sum(len(f.classes) for f in FAMILIES)
+
+
+def one_row(host: Host, row: int) -> dict[str, Any]:
+    """The inputs of a batch of two, cut to one row; what does not grow with the batch stays."""
+
+    def cut(one: Any, two: Any) -> Any:
+        if isinstance(two, torch.Tensor | list) and len(two) != len(one):
+            return two[row:row + 1]
+        return [cut(*pair) for pair in zip(one, two, strict=True)] if isinstance(two, list) else two
+
+    one, two = host.inputs(1), host.inputs(2)
+    return {name: cut(one[name], value) for name, value in two.items()}
+
+
+@pytest.mark.parametrize("host", ALL)
+def test_guidance_in_one_forward_or_in_two_is_the_same(host: Host) -> None:
+    """Two steps, the first dense: both branches go by the step that is theirs, and neither sees the other."""
+    model, found = host.build(), {}
+    together = [host.inputs(2)]
+    if len(together[0]["hidden_states"]) == 1:  # Kandinsky takes one clip a forward: the same branch twice
+        together.append(host.inputs(2))
+    both = [together, [one_row(host, 0), one_row(host, 1)]]
+    for name, forwards in zip(("batched", "separate"), both, strict=True):
+        enable(model, "gna", window=(1, 3, 3), dense_steps=0.5, num_steps=2, dense_layers=0)
+        found[name] = [
+            torch.cat([call(model, inputs | {"timestep": torch.full_like(inputs["timestep"], time)})
+                       for inputs in forwards])
+            for time in (900.0, 500.0)
+        ]
+        report = summary(model)
+        calls = host.layers * (2 if host.per_sample else len(forwards))
+        assert (report.steps, report.dense_calls, report.sparse_calls) == (2, calls, calls), name
+        assert not report.fallbacks
+        disable(model)
+    for batched, separate in zip(*found.values(), strict=True):
+        torch.testing.assert_close(separate, batched, atol=1e-5, rtol=1e-4)

@@ -111,7 +111,8 @@ def test_unknown_words_are_named(dit_sparse, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(module, "load", stop)
     done = dit_sparse("generate", "a red hippopotamus moving right")
     assert "far enough" in done.refusal()
-    assert "'hippopotamus'" in done.err and "'red'" not in done.err
+    assert "'hippopotamus'" in done.err and "'red'" not in done.err and "256x256" not in done.err
+    assert "256x256" in dit_sparse("generate", "a red circle", "--size", "512x128").err
 
 
 def test_interruption_leaves_no_file(dit_sparse, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,6 +115,18 @@ def test_truncated_weights(dit_sparse, tiny_copy: Path) -> None:
     assert "damaged" in done.refusal()
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_weights_that_are_no_numbers(dit_sparse, tiny_copy: Path, steps: int) -> None:
+    """The file has its length and its header; a clip of NaN would be black, and look like a result."""
+    file = tiny_copy / WEIGHTS
+    data = bytearray(file.read_bytes())
+    data[-400:] = b"\xff" * 400
+    file.write_bytes(data)
+    done = dit_sparse("generate", "a red circle", "--model", tiny_copy, "--size", 32, "--frames", 3, "--steps", steps)
+    assert "not finite" in done.refusal()
+    assert done.files == set()
+
+
 def test_long_is_for_the_embedded_model(dit_sparse, tiny_folder: Path) -> None:
     assert "--long" in dit_sparse("compare", "a", "--long", "--model", tiny_folder).refusal()
 

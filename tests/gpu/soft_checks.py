@@ -121,7 +121,8 @@ def costs(log: Callable[[str], None]) -> None:
 
 def all_checks() -> dict[str, Callable[[], str]]:
     """Every check by name."""
-    cases = [dataclasses.replace(case, dtype=dtype) for case in CASES for dtype in dict.fromkeys((case.dtype, BF16, FP16))]
+    types = (BF16, FP16)
+    cases = [dataclasses.replace(case, dtype=dtype) for case in CASES for dtype in dict.fromkeys((case.dtype, *types))]
     found: dict[str, Callable[[], str]] = {f"accuracy {case.name}": partial(accuracy, case) for case in cases}
     return found | {f.__name__: f for f in (blocks_without_keys, repeats_and_never_waits, sol_never_waits)}
 
