@@ -1,32 +1,28 @@
 """What must hold of the routing kernels on a GPU, and their speeds. Every check returns "" or what is wrong.
 
-    python tests/gpu/routing_checks.py             # checks, then speeds; exits with 1 when a check fails
+    python tests/gpu/run.py --out DIR --kernel routing
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import pathlib
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+import torch
+from torch import Tensor
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from dit_sparse import routing, scoring  # noqa: E402
-from dit_sparse.blockmask import BlockLayout, BlockMask  # noqa: E402
-from dit_sparse.grid import TokenGrid  # noqa: E402
-from dit_sparse.kernels.attention import block_sparse_attention  # noqa: E402
-from dit_sparse.memory import Memory  # noqa: E402
-from dit_sparse.methods import build, rainfusion2, svg  # noqa: E402
-from dit_sparse.methods.base import Call  # noqa: E402
-from dit_sparse.selection import Rule  # noqa: E402
-from tests.gpu.checks import poisoned  # noqa: E402
+from dit_sparse import routing, scoring
+from dit_sparse.blockmask import BlockLayout, BlockMask
+from dit_sparse.grid import TokenGrid
+from dit_sparse.kernels.attention import block_sparse_attention
+from dit_sparse.memory import Memory
+from dit_sparse.methods import build, rainfusion2, svg
+from dit_sparse.methods.base import Call
+from dit_sparse.selection import Rule
+from tests.gpu.checks import poisoned
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 KINDS = ("raster", "order", "heads")
@@ -298,24 +294,3 @@ def speeds(log: Callable[[str], None]) -> list[dict[str, Any]]:
     row("exact mass of the listed blocks, density .2",
         lambda: routing.listed_mass(query, key, lse, mask, scale, kernels=True))
     return rows
-
-
-def main() -> int:
-    """Checks and speeds; 1 when a check fails."""
-    if not torch.cuda.is_available():
-        print("no CUDA GPU here: nothing was run")
-        return 0
-    failed = 0
-    for name, check in all_checks().items():
-        try:
-            problem = check()
-        except Exception as error:
-            problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        failed += bool(problem)
-        print(f"{'FAILED' if problem else 'ok':6}  {name}" + (f": {problem}" if problem else ""), flush=True)
-    speeds(partial(print, flush=True))
-    return int(failed > 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

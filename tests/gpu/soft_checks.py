@@ -1,32 +1,28 @@
 """What must hold of soft blocks on a GPU, and their cost. Every check returns "" or what is wrong.
 
-    python tests/gpu/soft_checks.py             # checks, then costs; exits with 1 when a check fails
+    python tests/gpu/run.py --out DIR --kernel soft
 """
 
 from __future__ import annotations
 
 import dataclasses
-import pathlib
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+import torch
 
-import torch  # noqa: E402
-
-from dit_sparse import routing  # noqa: E402
-from dit_sparse.blockmask import BlockLayout, BlockMask  # noqa: E402
-from dit_sparse.grid import TokenGrid  # noqa: E402
-from dit_sparse.kernels.attention import block_sparse_attention  # noqa: E402
-from dit_sparse.kernels.soft import merge_soft_blocks  # noqa: E402
-from dit_sparse.memory import Memory  # noqa: E402
-from dit_sparse.methods import build  # noqa: E402
-from dit_sparse.methods.base import Call  # noqa: E402
-from tests.gpu.checks import poisoned  # noqa: E402
-from tests.kernels.cases import Case  # noqa: E402
-from tests.kernels.soft_rule import BF16, CASES, FP16, check, inputs_of, masked_out, means_of, merge, run  # noqa: E402
+from dit_sparse import routing
+from dit_sparse.blockmask import BlockLayout, BlockMask
+from dit_sparse.grid import TokenGrid
+from dit_sparse.kernels.attention import block_sparse_attention
+from dit_sparse.kernels.soft import merge_soft_blocks
+from dit_sparse.memory import Memory
+from dit_sparse.methods import build
+from dit_sparse.methods.base import Call
+from tests.gpu.checks import poisoned
+from tests.kernels.cases import Case
+from tests.kernels.soft_rule import BF16, CASES, FP16, check, inputs_of, masked_out, means_of, merge, run
 
 TOKENS, HEADS, DIM = 75_600, 40, 128
 
@@ -125,24 +121,3 @@ def all_checks() -> dict[str, Callable[[], str]]:
     cases = [dataclasses.replace(case, dtype=dtype) for case in CASES for dtype in dict.fromkeys((case.dtype, *types))]
     found: dict[str, Callable[[], str]] = {f"accuracy {case.name}": partial(accuracy, case) for case in cases}
     return found | {f.__name__: f for f in (blocks_without_keys, repeats_and_never_waits, sol_never_waits)}
-
-
-def main() -> int:
-    """Checks and costs; 1 when a check fails."""
-    if not torch.cuda.is_available():
-        print("no CUDA GPU here: nothing was run")
-        return 0
-    failed = 0
-    for name, one in all_checks().items():
-        try:
-            problem = one()
-        except Exception as error:
-            problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        failed += bool(problem)
-        print(f"{'FAILED' if problem else 'ok':6}  {name}" + (f": {problem}" if problem else ""), flush=True)
-    costs(partial(print, flush=True))
-    return int(failed > 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

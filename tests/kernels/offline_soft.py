@@ -8,8 +8,6 @@ and later.
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import pathlib
 import sys
 from typing import Any
@@ -18,11 +16,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-import triton  # noqa: E402
 
 from dit_sparse.kernels import soft_kernel  # noqa: E402
 from dit_sparse.kernels.blocks import Blocks  # noqa: E402
-from tests.kernels.offline_routing import TYPES, Case, compile_case  # noqa: E402
+from tests.kernels.offline_routing import TYPES, Case, run  # noqa: E402
 
 
 def soft(
@@ -58,24 +55,5 @@ CASES = {
 }
 
 
-def main() -> int:
-    """Compiles the cases asked for and prints a table; 1 when one fails or spills."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
-    bad = 0
-    print(f"triton {triton.__version__}, target sm_90")
-    for name in parser.parse_args().cases:
-        try:
-            figures = compile_case(CASES[name])
-        except Exception as error:
-            bad += 1
-            print(f"{name}: failed: {type(error).__name__}: {error}", flush=True)
-            continue
-        half = name not in ("mark", "fp32-128")
-        bad += figures.spills > 0 or (half and not figures.wgmma)
-        print(f"{name}: " + ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(figures).items()), flush=True)
-    return int(bad > 0)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(CASES, __doc__, half=CASES.keys() - {"mark", "fp32-128"}))
