@@ -1,4 +1,4 @@
-"""The Triton kernels of `quantise`: activations to e4m3, on any GPU with 8-bit floats, and interpreted.
+"""The Triton kernels of `quantise`: activations to e4m3, on NVIDIA GPUs with 8-bit floats, and interpreted.
 
 Two passes. `statistics_kernel` reads keys and values once, for the mean of the keys and the largest value of each
 channel, and `finish_kernel` adds up its parts; `rows_kernel` and `values_kernel` then read queries, keys and values
@@ -18,6 +18,8 @@ from .quantise import LARGEST, SMALLEST
 
 _LARGEST = tl.constexpr(LARGEST)
 _SMALLEST = tl.constexpr(SMALLEST)
+# The interpreter knows no assembly.
+_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit(do_not_specialize=["H", "Lk", "span"])
@@ -126,6 +128,37 @@ def rows_kernel(
     tl.store(p_out, (row * tl.div_rn(1.0, scale)).to(tl.float8e4nv), mask=(o_d < STORED)[None, :])
 
 
+@triton.jit
+def _values(p_value, INDEX, OK, inverse, b, h, slot, strides, stride_n, L, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Values of the tokens at some slots over their scales, 0 where no token may be seen."""
+    token, real = _tokens(INDEX, OK, b, h, slot, strides, L)
+    real = real[:, None] & (tl.arange(0, WIDTH) < D)[None, :]
+    return tl.load(p_value + token[:, None] * stride_n, mask=real, other=0.0).to(tl.float32) * inverse
+
+
+@triton.jit
+def _byte(x):
+    return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.uint32)
+
+
+@triton.jit
+def _word(first, second, third, fourth):
+    """Four numbers in e4m3 in one int32, the first in its lowest byte.
+
+    Two instructions convert them in pairs, and both halves of the word are theirs. Put together from single bytes, the
+    odd halves of a pair can come out wrong: where a byte of a pair is widened beside an undefined half, ptxas 12.8
+    reads the other byte of the pair from the undefined register.
+    """
+    if _INTERPRETED:
+        words = _byte(first) | _byte(second) << 8 | _byte(third) << 16 | _byte(fourth) << 24
+        return words.to(tl.int32, bitcast=True)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; "
+            "cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }",
+            "=r,f,f,f,f", [first, second, third, fourth], dtype=tl.int32, is_pure=True, pack=1)
+
+
 @triton.jit(do_not_specialize=["stride_ib", "stride_ih", "stride_ob", "stride_oh", "H", "L"])
 def values_kernel(
     V, INDEX, OK, SCALE, OUT, stride_b, stride_n, stride_h, stride_d, stride_ib, stride_ih, stride_ob, stride_oh, H, L,
@@ -143,15 +176,14 @@ def values_kernel(
     scale = tl.load(SCALE + (b * H + h) * D + o_d, mask=o_d < D, other=1.0)
     inverse = tl.div_rn(1.0, scale)[None, :]
     o_word = tl.arange(0, BLOCK // 4)
-    words = tl.zeros([BLOCK // 4, WIDTH], tl.uint32)
-    for i in tl.static_range(4):
-        # Word t of a group of 16 keys holds its keys 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
-        place = o_word // 4 * 16 + o_word % 4 * 2 + (i // 2 * 8 + i % 2)
-        slot = block.to(tl.int64) * BLOCK + place
-        token, real = _tokens(INDEX, OK, b, h, slot, (stride_ib, stride_ih, stride_ob, stride_oh), L)
-        p_value = V + b * stride_b + h * stride_h + token[:, None] * stride_n + o_d[None, :] * stride_d
-        value = tl.load(p_value, mask=real[:, None] & (o_d < D)[None, :], other=0.0).to(tl.float32)
-        byte = (value * inverse).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-        words |= byte.to(tl.uint32) << (8 * i)
+    p_value = V + b * stride_b + h * stride_h + o_d[None, :] * stride_d
+    strides = (stride_ib, stride_ih, stride_ob, stride_oh)
+    # Word t of a group of 16 keys holds its keys 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
+    slot = block.to(tl.int64) * BLOCK + o_word // 4 * 16 + o_word % 4 * 2
+    first = _values(p_value, INDEX, OK, inverse, b, h, slot, strides, stride_n, L, D, WIDTH)
+    second = _values(p_value, INDEX, OK, inverse, b, h, slot + 1, strides, stride_n, L, D, WIDTH)
+    third = _values(p_value, INDEX, OK, inverse, b, h, slot + 8, strides, stride_n, L, D, WIDTH)
+    fourth = _values(p_value, INDEX, OK, inverse, b, h, slot + 9, strides, stride_n, L, D, WIDTH)
+    words = _word(first, second, third, fourth)
     p_out = OUT + (((b * H + h) * D + o_d) * tl.num_programs(1) + block)[:, None] * (BLOCK // 4) + o_word[None, :]
-    tl.store(p_out, tl.trans(words).to(tl.int32, bitcast=True), mask=(o_d < D)[:, None])
+    tl.store(p_out, tl.trans(words), mask=(o_d < D)[:, None])

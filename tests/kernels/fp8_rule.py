@@ -96,6 +96,32 @@ def noise_bound(score_deviation: float) -> float:
 
     Four roundings, independent and each of relative size 2^-4 / sqrt(3) at most: of weights and values as they are, of
     queries and keys through the score, whose deviation is theirs in proportion. 7.2 % for scores of unit deviation;
-    numbers spread over all binades round by about three quarters of that.
+    numbers spread over all binades round by about three quarters of that. Queries must not differ in the deviation of
+    their scores, or the sequence must be short: else `rounding_noise`.
     """
     return ROUNDING_RMS * math.sqrt(2 + 2 * score_deviation**2)
+
+
+def rounding_noise(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Largest expected square of the error of each output, (B, Lq, H, Dv): `noise_bound` for scores of any spread.
+
+    The same four independent roundings, followed to first order through the output, sum_j p_j v_j, every pair seen.
+    Rounded weights and values move it by p_j v_j each. A rounded key moves one score by scale q_d k_jd, and the output
+    by p_j (v_j - out) times that; a rounded query moves all scores of its row at once, which cancels where keys agree.
+    Queries that see little but a few keys have the largest outputs and the largest scores at once, so that the mean
+    spread of the scores is not enough where queries differ in it, as with an outlier channel: the more so, the longer
+    the sequence.
+    """
+    q, k, v = (x.float().transpose(1, 2) for x in (query, key, value))
+    k = k - k.mean(2, keepdim=True)
+    weight = (q @ k.transpose(2, 3) * scale).softmax(-1)
+    out = weight @ v
+    square = weight.square()
+    moved = square * (q.square() @ k.square().transpose(2, 3)) * scale**2
+    of_keys = moved @ v.square() - 2 * out * (moved @ v) + out.square() * moved.sum(-1, keepdim=True)
+    of_queries = torch.empty_like(out)
+    for i in range(q.shape[2]):
+        seen = k * weight[:, :, i, :, None]
+        slope = seen.transpose(2, 3) @ v - seen.sum(2)[..., None] * out[:, :, i, None]  # (B, H, D, Dv)
+        of_queries[:, :, i] = ((scale * q[:, :, i, :, None] * slope).square()).sum(2)
+    return ROUNDING_RMS**2 * (2 * square @ v.square() + of_keys + of_queries).transpose(1, 2)
