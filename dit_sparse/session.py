@@ -142,9 +142,12 @@ class RunSession:
             return "dense steps (dense_steps, dense_last_steps)"
         return ""
 
-    def _sparse(self, record: CallRecord, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-                mask: torch.Tensor | None, scale: float) -> torch.Tensor | None:
-        """The sparse result, or None when the call must run dense; `record` says what happened."""
+    def _decide(self, record: CallRecord, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                mask: torch.Tensor | None, scale: float) -> tuple[Call, Plan] | None:
+        """What a sparse call computes, or None when the call must run dense; `record` says why.
+
+        Whatever the method trips over is raised.
+        """
         grid, reason = self._grid_of(query, key)
         key_mask = None
         if not reason:
@@ -154,19 +157,31 @@ class RunSession:
         if reason or grid is None:
             self._fall_back(record, reason)
             return None
+        call = self._call(record, query, key, value, key_mask, scale, grid)
+        plan, record.reused = self._plan(call)
+        if plan.mask is None:
+            record.reason = f"method {self.method.name}'s own choice"
+            return None
+        return call, plan
+
+    def _sparse(self, record: CallRecord, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                mask: torch.Tensor | None, scale: float) -> torch.Tensor | None:
+        """The sparse result, or None when the call must run dense; `record` says what happened."""
         try:
-            call = self._call(record, query, key, value, key_mask, scale, grid)
-            plan, record.reused = self._plan(call)
-            if plan.mask is None:
-                record.reason = f"method {self.method.name}'s own choice"
+            decided = self._decide(record, query, key, value, mask, scale)
+            if decided is None:
                 return None
+            call, plan = decided
+            assert plan.mask is not None  # else it would have been decided
             if record.watch is not None:
                 record.watch.mark()
-            attend = functools.partial(block_sparse_attention, scale=scale, key_mask=key_mask,
+            attend = functools.partial(block_sparse_attention, scale=scale, key_mask=call.key_mask,
                                        backend=self.settings.backend,
                                        on_backend=lambda name: setattr(record, "backend", name))
             out, _ = plan.operator.run(call, plan.mask, attend)
             record.operator = plan.operator.title
+        except SparseFallbackError:
+            raise
         except Exception as error:  # whatever a method or kernel trips over, the user's run goes on, and it is counted
             self._fall_back(record, one_line(error))
             return None

@@ -20,7 +20,7 @@ from dit_sparse.blockmask import BlockMask
 from dit_sparse.kernels.attention import block_sparse_attention, dense_attention
 from dit_sparse.operators import Attend
 from dit_sparse.report import CallRecord
-from dit_sparse.session import Run, RunSession, key_mask_of, one_line
+from dit_sparse.session import Run, RunSession, one_line
 
 from .config import EvalConfig
 from .run import Job, Result
@@ -140,26 +140,19 @@ class AttentionProbe(RunSession):
         dense: tuple[Tensor, Tensor | None],
     ) -> Tensor | None:
         """(4, H) numbers of a call that runs sparse; None when it would not, and `record` says why."""
-        grid, reason = self._grid_of(query, key)
-        key_mask = None
-        if not reason:
-            key_mask, reason = key_mask_of(mask, query.shape[0], key.shape[1])
-        if grid is None or reason:
-            record.kind, record.reason = "fallback", reason
-            return None
         try:
-            call = self._call(record, query, key, value, key_mask, scale, grid)
-            plan, record.reused = self._plan(call)
-            if plan.mask is None:
-                record.reason = f"method {self.method.name}'s own choice"
+            decided = self._decide(record, query, key, value, mask, scale)
+            if decided is None:
                 return None
+            call, plan = decided
+            assert plan.mask is not None  # else it would have been decided
             found = attention_quality(
                 query,
                 key,
                 value,
                 plan.mask,
                 scale,
-                key_mask=key_mask,
+                key_mask=call.key_mask,
                 dense=dense,
                 backend=self.settings.backend,
                 operate=functools.partial(plan.operator.run, call),
@@ -169,6 +162,9 @@ class AttentionProbe(RunSession):
             return None
         record.kind = "sparse"
         return found
+
+    def _refuse(self, reason: str) -> None:
+        """Here every call runs dense: one that would not run sparse is noted, also under strict=True."""
 
     def fallback(self, layer: int, reason: str) -> None:
         """Note a call that stayed on the model's own dense path."""
