@@ -14,13 +14,13 @@ from torch import Tensor
 
 from . import scoring
 from .blockmask import BlockLayout, BlockMask
-from .kernels.attention import triton_reasons
+from .kernels.attention import switched_off, triton_reasons
 from .selection import Rule
 
 __all__ = ["Rule", "kernel_reasons", "listed_mass", "lists_of_scores", "plain_calls", "pool", "route",
            "route_means", "row_errors", "state"]
 
-_OFF = ("0", "false", "off")  # values of DIT_SPARSE_ROUTING that keep the kernels away from a GPU
+_SWITCH = "DIT_SPARSE_ROUTING"
 _MAX_HEAD_DIM = 128  # of the values; `triton_reasons` tests that of the keys
 _MAX_KEY_BLOCKS = 8192  # a row of scores lies in the registers of one program
 
@@ -46,9 +46,8 @@ def state() -> tuple[bool, str]:
     x = torch.empty(1, 0, 1, 64, device="cuda" if torch.cuda.is_available() else "cpu")
     if reasons := kernel_reasons(x):
         return False, f"masks are made in plain PyTorch: {reasons[0]}"
-    wanted = os.environ.get("DIT_SPARSE_ROUTING", "")
-    if wanted.strip().lower() in _OFF:
-        return False, f"switched off by DIT_SPARSE_ROUTING={wanted}: masks are made in plain PyTorch"
+    if switched_off(_SWITCH):
+        return False, f"switched off by {_SWITCH}={os.environ[_SWITCH]}: masks are made in plain PyTorch"
     return True, "Triton kernels make the masks"
 
 
@@ -62,7 +61,7 @@ def _use_kernels(x: Tensor, key_blocks: int, kernels: bool | None, *others: Tens
         also: one more reason why they cannot.
     """
     if kernels is None:
-        if x.device.type != "cuda" or os.environ.get("DIT_SPARSE_ROUTING", "").strip().lower() in _OFF:
+        if x.device.type != "cuda" or switched_off(_SWITCH):
             return False
     elif not kernels:
         return False

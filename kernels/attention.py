@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from dit_sparse.blockmask import BlockMask
 
 __all__ = ["Backend", "backends", "block_sparse_attention", "can_run", "choose_backend", "dense_attention",
-           "device_backends", "fallbacks", "triton_reasons"]
+           "device_backends", "fallbacks", "switched_off", "triton_reasons"]
 
 _MAX_HEAD_DIM = 128
 _BLOCK_SIZES = (16, 32, 64, 128)
@@ -204,7 +204,12 @@ def _check(
 
 def _may_choose(name: str) -> bool:
     """Whether the backend may be chosen without being asked for by name."""
-    return name not in _SWITCHES or os.environ.get(_SWITCHES[name], "").strip().lower() not in _OFF
+    return name not in _SWITCHES or not switched_off(_SWITCHES[name])
+
+
+def switched_off(variable: str) -> bool:
+    """Whether an environment variable says that kernels are not to be chosen by themselves."""
+    return os.environ.get(variable, "").strip().lower() in _OFF
 
 
 def _note(name: str) -> str:
