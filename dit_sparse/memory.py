@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -110,7 +111,7 @@ class Memory:
             value = map_tensors(value, away)
         self._kept[key] = _Entry(value, step, shape, homes)
 
-    def get(self, key: Hashable, *, step: int, max_age: int, shape: Hashable = None) -> Any:
+    def get(self, key: Hashable, *, step: int, max_age: float, shape: Hashable = None) -> Any:
         """The value kept under the key, or None when there is none, or it is too old or of another shape.
 
         Args:
@@ -175,3 +176,34 @@ class Memory:
         kept = [entry.value for entry in self._kept.values()]
         found = (t for value in (*kept, *self._static.values()) for t in tensors_of(value))
         return storage_bytes(t for t in found if t.device.type != "cpu")
+
+
+class State:
+    """What a method keeps from step to step of one layer and CFG branch: named values in the run's memory.
+
+    They are reset with the run and when the shape changes, counted in the summary's bytes, and offloaded with the rest.
+
+    Args:
+        memory: where they are kept; a memory of its own where there is no run.
+        place: the layer, the branch and what else tells apart.
+        step: the denoising step now.
+        shape: what the values are made for; values made for another are never returned.
+    """
+
+    def __init__(
+        self, memory: Memory | None = None, place: Hashable = (), *, step: int = 0, shape: Hashable = None
+    ) -> None:
+        self._memory = Memory() if memory is None else memory
+        self._place, self.step, self._shape = place, step, shape
+
+    def keep(self, name: str, value: Any) -> None:
+        """Keep a value under a name, in place of an earlier one."""
+        self._memory.put(("state", name, self._place), value, step=self.step, shape=self._shape)
+
+    def recall(self, name: str, *, max_age: float = math.inf) -> Any:
+        """The value kept under the name less than `max_age` steps ago, or None."""
+        return self._memory.get(("state", name, self._place), step=self.step, max_age=max_age, shape=self._shape)
+
+    def age(self, name: str) -> int | None:
+        """Steps since the value was kept; None without one."""
+        return self._memory.age(("state", name, self._place), step=self.step)

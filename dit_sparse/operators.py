@@ -43,6 +43,10 @@ class Operator:
         """
         raise NotImplementedError
 
+    def density(self, mask: BlockMask) -> float | Tensor:
+        """Share of the pairs computed exactly; an operator that computes some at a coarser level counts them in."""
+        return mask.density()
+
 
 @dataclass(frozen=True)
 class Drop(Operator):

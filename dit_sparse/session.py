@@ -14,7 +14,7 @@ from . import routing
 from .grid import TokenGrid
 from .kernels import attention as kernels
 from .kernels.attention import block_sparse_attention, dense_attention
-from .memory import Memory
+from .memory import Memory, State
 from .methods.base import Call, Plan
 from .report import CallRecord, Report, Stopwatch
 
@@ -119,8 +119,10 @@ class RunSession:
             out = self._sparse(record, query, key, value, mask, scale)
         if out is None:
             watch.mark()
-            out, _ = dense_attention(query, key, value, scale=scale, attn_mask=mask)
+            out, lse = dense_attention(query, key, value, scale=scale, attn_mask=mask)
             record.density, record.backend = 1.0, "dense"
+            if self.method.observes and record.kind == "dense":
+                self._observe(record, query, key, value, mask, scale, out, lse)
         out = out.contiguous()
         watch.mark()
         self.device = str(query.device)
@@ -142,6 +144,18 @@ class RunSession:
             return "dense steps (dense_steps, dense_last_steps)"
         return ""
 
+    def _observe(self, record: CallRecord, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                 mask: torch.Tensor | None, scale: float, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+        """Show the method a call that ran dense by plan; one whose grid or mask it cannot read is passed over."""
+        grid, _ = self._grid_of(query, key)
+        key_mask, reason = key_mask_of(mask, query.shape[0], key.shape[1])
+        if grid is None or reason:
+            return
+        try:
+            self.method.observe(self._call(record, query, key, value, key_mask, scale, grid), out, lse)
+        except Exception as error:  # as in `_sparse`: the run goes on, and it is counted
+            self._fall_back(record, one_line(error))
+
     def _decide(self, record: CallRecord, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                 mask: torch.Tensor | None, scale: float) -> tuple[Call, Plan] | None:
         """What a sparse call computes, or None when the call must run dense; `record` says why.
@@ -158,7 +172,7 @@ class RunSession:
             self._fall_back(record, reason)
             return None
         call = self._call(record, query, key, value, key_mask, scale, grid)
-        plan, record.reused = self._plan(call)
+        plan, record.reused = self._plan(record, call)
         if plan.mask is None:
             record.reason = f"method {self.method.name}'s own choice"
             return None
@@ -190,7 +204,7 @@ class RunSession:
             return None
         if self.settings.check == "step":
             self._guard.watch(record.layer, out, self.layers)
-        record.kind, record.density = "sparse", plan.mask.density()
+        record.kind, record.density = "sparse", plan.operator.density(plan.mask)
         return out
 
     def _fall_back(self, record: CallRecord, reason: str) -> None:
@@ -229,13 +243,14 @@ class RunSession:
 
         return Call(query, key, value, grid, scale, layer=record.layer, layers=self.layers, step=record.step,
                     num_steps=(info.num_steps if info else None) or self.settings.num_steps, branch=record.branch,
-                    key_mask=key_mask, cached=cached, family=info.family if info else "", generator=generator)
+                    key_mask=key_mask, cached=cached, family=info.family if info else "", generator=generator,
+                    state=State(self.memory, _place(record, query), step=record.step, shape=grid))
 
-    def _plan(self, call: Call) -> tuple[Plan, bool]:
+    def _plan(self, record: CallRecord, call: Call) -> tuple[Plan, bool]:
         """The method's plan, remembered for `refresh` steps when it depends on the activations."""
         if self.settings.refresh == 1 or not self.method.scored:
             return self.method.plan(call), False
-        place = (call.layer, call.branch, call.query.shape[0], call.query.shape[2])
+        place = _place(record, call.query)
         kept = self.memory.get(place, step=call.step, max_age=self.settings.refresh, shape=call.grid)
         if kept is not None:
             return kept, True
@@ -259,6 +274,11 @@ class RunSession:
         # Counted for the process: what ran since this run began.
         notes += [f"{n} x {reason}" for reason, n in (_slower_calls() - self._slower).items()]
         return notes
+
+
+def _place(record: CallRecord, query: torch.Tensor) -> Hashable:
+    """What tells apart the calls of one step: layer, CFG branch, batch size and heads."""
+    return record.layer, record.branch, query.shape[0], query.shape[2]
 
 
 def _slower_calls() -> Counter[str]:

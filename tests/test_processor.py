@@ -14,6 +14,7 @@ from dit_sparse.blockmask import BlockLayout, BlockMask
 from dit_sparse.bridge import ForwardInfo
 from dit_sparse.grid import TokenGrid
 from dit_sparse.methods.base import Call, Method, Plan
+from dit_sparse.operators import Drop
 from dit_sparse.processor import SparseProc, methods
 from dit_sparse.report import summarize
 from dit_sparse.session import RunSession, SparseFallbackError, key_mask_of
@@ -34,6 +35,33 @@ class Diagonal(Method):
         layout = BlockLayout.raster(call.grid.tokens, 32, call.device)
         keep = torch.eye(layout.blocks, dtype=torch.bool)[None, None]
         return Plan(BlockMask.from_dense(keep, layout, layout))
+
+
+@dataclasses.dataclass(frozen=True)
+class Watcher(Diagonal):
+    """Keeps the output of dense calls, and counts one in four of its pairs."""
+
+    name: ClassVar[str] = "watcher"
+    observes: ClassVar[bool] = True
+    seen: list[tuple] = dataclasses.field(default_factory=list)
+
+    def observe(self, call: Call, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+        if out.isnan().any():
+            raise RuntimeError("cannot look at this")
+        call.state.keep("out", out)
+        self.seen.append((call.layer, call.step, call.branch))
+
+    def plan(self, call: Call) -> Plan:
+        self.seen.append((call.layer, call.step, call.state.age("out")))
+        return dataclasses.replace(super().plan(call), operator=Quarter())
+
+
+@dataclasses.dataclass(frozen=True)
+class Quarter(Drop):
+    """Says that it computed a quarter."""
+
+    def density(self, mask: BlockMask) -> float:
+        return 0.25
 
 
 def session(method: Method | None = None, **options) -> RunSession:
@@ -218,3 +246,24 @@ def test_methods_can_be_called_whatever_was_imported_before():
     for before in ("pass", "dit_sparse.SparseProc", "import dit_sparse.methods.svg", "from dit_sparse import methods"):
         done = subprocess.run([sys.executable, "-c", code.format(before)], capture_output=True, text=True)
         assert "radial" in done.stdout, (before, done.stderr)
+
+
+def test_a_method_sees_dense_calls_and_keeps_what_it_wants_until_the_run_is_over():
+    method = Watcher()
+    s = session(method, dense_steps=2)
+    for step in range(3):
+        s.begin_forward(info(step, new_run=step == 0))
+        s.attention(1, *qkv(), None, 0.25)
+    assert method.seen == [(1, 0, "cond"), (1, 1, "cond"), (1, 2, 1)]
+    assert summarize("x", [s.report]).density == pytest.approx((1 + 1 + 0.25) / 3), "the operator's own density"
+    s.begin_forward(info(5, new_run=True))
+    s.attention(1, *qkv(), None, 0.25)
+    assert method.seen[-1] == (1, 5, None)
+
+
+def test_what_a_method_trips_over_while_it_looks_is_counted():
+    s = session(Watcher(), dense_steps=2)
+    s.begin_forward(info(0, new_run=True))
+    q, k, v = qkv()
+    s.attention(1, q, k, torch.full_like(v, torch.nan), None, 0.25)
+    assert list(summarize("x", [s.report]).fallbacks) == ["RuntimeError: cannot look at this"]

@@ -11,6 +11,7 @@ import torch
 
 from ..blockmask import BlockLayout, BlockMask
 from ..grid import TokenGrid
+from ..memory import State
 from ..operators import Drop, Operator
 from ..routing import pool
 
@@ -31,6 +32,8 @@ class Call:
         cached: `cached(key, build)` returns `build()`, remembered for this shape across layers and steps.
         family: name of the model family ("wan", ...), for family defaults.
         generator: seeds sampled rows; deterministic for a given run, layer and step.
+        state: what the method keeps from step to step of this layer and branch: `call.state.keep("name", value)`,
+            `call.state.recall("name")`. Never a reference to activations that are not needed later: it costs memory.
     """
 
     query: torch.Tensor
@@ -47,6 +50,7 @@ class Call:
     cached: Callable[[Hashable, Callable[[], Any]], Any] = lambda key, build: build()
     family: str = ""
     generator: torch.Generator | None = None
+    state: State = field(default_factory=State)
     _means: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -93,6 +97,7 @@ class Method:
     names the option and the allowed values) and implements `plan`. `scored` says whether masks depend on
     the activations: only then does `refresh=N` keep them for N steps. `family_defaults` holds the paper's
     settings by model family, as data: the method's options together with `dense_steps` and `dense_layers`.
+    `observes` asks that `observe` sees the calls that the schedule keeps dense.
     """
 
     name: ClassVar[str] = ""
@@ -100,6 +105,7 @@ class Method:
     arxiv: ClassVar[str | None] = None
     parts: ClassVar[dict[str, str]] = {}
     scored: ClassVar[bool] = False
+    observes: ClassVar[bool] = False
     family_defaults: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def plan(self, call: Call) -> Plan:
@@ -112,6 +118,15 @@ class Method:
             The plan; its mask covers the whole sequence, text included.
         """
         raise NotImplementedError
+
+    def observe(self, call: Call, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+        """Look at a call that the schedule kept dense (with `observes`); keep in `call.state` what later steps need.
+
+        Args:
+            call: the activations.
+            out: (B, L, H, D), dense attention.
+            lse: (B, H, L) float32, natural logarithm, where the dense kernel gave it, else None.
+        """
 
     def check(self, grid: TokenGrid) -> None:
         """Raise ValueError, in one line, when an option cannot serve this grid (too large a window, ...)."""

@@ -6,7 +6,7 @@ import torch
 
 from dit_sparse import memory as memories
 from dit_sparse.blockmask import BlockLayout, BlockMask
-from dit_sparse.memory import Memory, map_tensors, tensors_of
+from dit_sparse.memory import Memory, State, map_tensors, tensors_of
 
 
 def random_mask(layout: BlockLayout) -> BlockMask:
@@ -139,3 +139,25 @@ def test_offload_on_the_cpu_changes_nothing() -> None:
     mask = random_mask(BlockLayout.raster(100, 32))
     memory.put("key", mask, step=0)
     assert memory.get("key", step=0, max_age=1) is mask
+
+
+def test_a_methods_state_is_told_apart_by_layer_and_branch_and_forgets_with_the_run():
+    memory = Memory()
+    here, other = State(memory, (3, "cond"), step=4), State(memory, (3, "uncond"), step=4)
+    here.keep("lse", torch.ones(8))
+    assert other.recall("lse") is None and here.recall("mask") is None
+    later = State(memory, (3, "cond"), step=9)
+    assert later.recall("lse") is not None and later.age("lse") == 5
+    assert memory.nbytes == 32
+    assert later.recall("lse", max_age=5) is None, "kept too long ago"
+    assert later.recall("lse") is None, "what is too old is dropped"
+    here.keep("lse", torch.ones(8))
+    memory.reset()
+    assert here.recall("lse") is None
+    assert State(memory, (3, "cond"), shape="other").recall("lse") is None
+
+
+def test_a_state_without_a_run_has_a_memory_of_its_own():
+    one, two = State(), State()
+    one.keep("x", 1)
+    assert one.recall("x") == 1 and two.recall("x") is None
