@@ -169,6 +169,10 @@ class BlockMask:
     @cached_property
     def pairs(self) -> Tensor:
         """int64 (B|1, H|1): allowed pairs of real tokens per head, exact, counted once, when first asked for."""
+        return self.entry_pairs().sum((-2, -1))
+
+    def entry_pairs(self) -> Tensor:
+        """int64 (B|1, H|1, nq, width): allowed pairs of real tokens of every list entry, 0 beyond the lists."""
         query_lengths, key_lengths = self.query.lengths[:, None], self.key.lengths.to(torch.int64)
         place = torch.arange(self.lists.shape[-1], device=self.device)
         listed = place < self.work().unsqueeze(-1)
@@ -177,7 +181,7 @@ class BlockMask:
             counts = self.window.pair_counts(self.query, self.key)
             rows = torch.arange(self.query.blocks, device=self.device)[:, None]
             count = torch.where(place < self.whole.unsqueeze(-1), count, counts[rows, self.lists])
-        return torch.where(listed, count, 0).sum((-2, -1))
+        return torch.where(listed, count, 0)
 
     def density(self) -> Tensor:
         """float32 (): allowed pairs of real tokens over all pairs, mean over batch and heads; no synchronisation."""

@@ -18,7 +18,8 @@ from .methods.base import Call, Method
 from .operators import Drop
 from .tilecount import TileReport, simulate_gna
 
-__all__ = ["InspectReport", "TileReport", "draw_mask", "inspect_method", "planted_call", "simulate_gna"]
+__all__ = ["InspectReport", "TileReport", "block_colours", "draw_mask", "inspect_method", "planted_call",
+           "simulate_gna", "token_colours"]
 
 HEADS = ("looks at its own frame", "looks at its own place", "looks nowhere in particular")
 PANEL, SAMPLES, MARGIN, CAPTION = 480, 4, 12, 34
@@ -218,8 +219,8 @@ def draw_mask(mask: BlockMask, png: Path | str, title: str = "mask") -> None:
         density = densities[head if len(densities) > 1 else 0]
         for row, (panel, words) in enumerate(
             (
-                (_block_panel(mask, head), f"head {head}: blocks in the mask's order, density {density:.4f}"),
-                (_token_panel(mask, head), "tokens in the model's order"),
+                (block_colours(mask, head), f"head {head}: blocks in the mask's order, density {density:.4f}"),
+                (token_colours(mask, head), "tokens in the model's order"),
             )
         ):
             top = CAPTION + row * (PANEL + CAPTION)
@@ -246,19 +247,35 @@ def _colours(share: Tensor, colour: tuple[int, int, int]) -> Tensor:
     return low + share[..., None].to(torch.float32) * (high - low)
 
 
-def _block_panel(mask: BlockMask, head: int) -> Tensor:
+def block_colours(mask: BlockMask, head: int) -> Tensor:
     """(nq, nk, 3) colours of the blocks."""
     kept, boundary = _one_head(mask.to_dense(), head), _one_head(mask.boundary_dense(), head)
     return torch.where(boundary[..., None], _colours(boundary, BOUNDARY), _colours(kept, WHOLE))
 
 
-def _token_panel(mask: BlockMask, head: int) -> Tensor:
+def token_colours(mask: BlockMask, head: int) -> Tensor:
     """(n, n, 3) colours by the share of kept pairs, from some tokens of every pixel."""
     pixels = min(PANEL, mask.query.tokens)
     samples = max(1, min(SAMPLES, mask.query.tokens // pixels))
     token = (torch.arange(pixels * samples) * mask.query.tokens) // (pixels * samples)
+    allowed = allowed_pairs(mask, head, token, token)
+    share = allowed.to(torch.float32).reshape(pixels, samples, pixels, samples).mean((1, 3))
+    return _colours(share, WHOLE)
+
+
+def allowed_pairs(mask: BlockMask, head: int, queries: Tensor, keys: Tensor) -> Tensor:
+    """Which pairs of some tokens a mask keeps, for one head of the first batch element.
+
+    Args:
+        mask: the mask.
+        head: index of the head; of masks that all heads share, any.
+        queries, keys: int64 (n,) and (m,), numbers of tokens in the model's order.
+
+    Returns:
+        bool (n, m).
+    """
     slots = []
-    for layout in (mask.query, mask.key):
+    for layout, token in ((mask.query, queries), (mask.key, keys)):
         slot = layout.slot_of_token
         slots.append((slot if slot.dim() == 1 else _one_head(slot, head))[token])
     rows, columns = slots[0][:, None], slots[1]
@@ -266,5 +283,4 @@ def _token_panel(mask: BlockMask, head: int) -> Tensor:
     allowed = _one_head(mask.to_dense(), head)[cell]
     if mask.window is not None:
         allowed &= ~_one_head(mask.boundary_dense(), head)[cell] | mask.window.allowed(rows, columns)
-    share = allowed.to(torch.float32).reshape(pixels, samples, pixels, samples).mean((1, 3))
-    return _colours(share, WHOLE)
+    return allowed

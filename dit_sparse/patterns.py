@@ -7,6 +7,7 @@ tokens.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Hashable
 
@@ -16,15 +17,16 @@ from torch import Tensor
 from .blockmask import BlockLayout, BlockMask, TokenWindow
 from .grid import TokenGrid
 from .methods.base import Call
+from .selection import count_of_density
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 
 
-def check_block_size(method: str, block_size: int | None) -> None:
-    """Raise ValueError unless block_size is None or a size that the kernels know."""
+def check_block_size(method: str, block_size: int | None, option: str = "block_size") -> None:
+    """Raise ValueError unless block_size is None or a size that the kernels know; the option's name goes into it."""
     if block_size is not None and (isinstance(block_size, bool) or block_size not in BLOCK_SIZES):
         raise ValueError(
-            f"{method}: block_size={block_size!r} is not allowed; use None or one of {BLOCK_SIZES}"
+            f"{method}: {option}={block_size!r} is not allowed; use None or one of {BLOCK_SIZES}"
         )
 
 
@@ -128,3 +130,43 @@ def half_band(density: float, grid: TokenGrid, forced: float) -> float:
     left = (density * all_pairs - (all_pairs - video_pairs)) / video_pairs
     band = (left - forced) / (1 - forced) if forced < 1 else 1.0
     return 1 - math.sqrt(1 - min(1.0, max(band, density / 2)))
+
+
+def key_blocks_kept(density: float, grid: TokenGrid, blocks: int) -> int:
+    """Key blocks of the video that every query block of the video keeps, for a density of the whole mask.
+
+    Unlike `selection.rows_kept` it counts tokens, so blocks of queries and of keys may differ in size.
+
+    Args:
+        density: asked kept fraction of all pairs; the text's rows and columns, which are kept anyway, are part of it.
+        grid: the tokens.
+        blocks: key blocks that hold video.
+
+    Returns:
+        The number, at least half of the density's and at least 1.
+    """
+    video_pairs, all_pairs = grid.video**2, grid.tokens**2
+    left = (density * all_pairs - (all_pairs - video_pairs)) / video_pairs
+    return min(blocks, max(count_of_density(blocks, density / 2), round(left * blocks)))
+
+
+def touching_blocks(layout: BlockLayout, grid: TokenGrid) -> Tensor:
+    """Pairs of blocks that hold the same or neighbouring video tokens, diagonals through space and time included.
+
+    Args:
+        layout: how the tokens of the grid sit in blocks, one order for all heads, on the CPU.
+        grid: the tokens; text touches nothing.
+
+    Returns:
+        bool (blocks, blocks), symmetric.
+    """
+    block = layout.block_of_token.reshape(grid.tokens)[grid.video_slice].reshape(grid.sizes)
+    found = torch.zeros(layout.blocks, layout.blocks, dtype=torch.bool)
+    for shift in itertools.product((-1, 0, 1), repeat=3):
+        # The part of the grid that has a neighbour there, and its neighbours.
+        here, there = (
+            tuple(slice(max(0, s * way), n + min(0, s * way)) for s, n in zip(shift, grid.sizes, strict=True))
+            for way in (-1, 1)
+        )
+        found[block[here].flatten(), block[there].flatten()] = True
+    return found

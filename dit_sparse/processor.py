@@ -277,7 +277,16 @@ def summary(target: Any) -> Summary:
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """One entry of `methods()`: what a method is and what it takes."""
+    """One entry of `methods()`: what a method is and what it takes.
+
+    Args:
+        name: what users write.
+        title, arxiv: its paper, and the paper's number on arXiv (None without one).
+        parts: order, score, select, operate and remember, in a few words each.
+        options: the method's own options with their defaults.
+        scored: masks depend on the activations, so `refresh` has an effect.
+        needs: what it needs beyond a pipeline, such as trained weights; empty: nothing.
+    """
 
     name: str
     title: str
@@ -285,12 +294,14 @@ class MethodInfo:
     parts: dict[str, str]
     options: dict[str, Any]
     scored: bool
+    needs: str = ""
 
 
 def methods() -> list[MethodInfo]:
-    """All methods of this installation, by name, with their paper, five parts and default options."""
+    """All methods of this installation, by name: paper, five parts, default options and what each needs."""
     found = []
     for name, method in sorted(all_methods().items()):
         options = {f.name: f.default for f in dataclasses.fields(method)}
-        found.append(MethodInfo(name, method.title, method.arxiv, dict(method.parts), options, method.scored))
+        found.append(MethodInfo(name, method.title, method.arxiv, dict(method.parts), options, method.scored,
+                                method.needs))
     return found

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from . import scoring
 from .blockmask import BlockLayout, BlockMask
-from .kernels.attention import switched_off, triton_reasons
+from .kernels.attention import block_sparse_attention, switched_off, triton_reasons
 from .selection import Rule
 
-__all__ = ["Rule", "kernel_reasons", "listed_mass", "lists_of_scores", "plain_calls", "pool", "route",
-           "route_means", "row_errors", "state"]
+__all__ = ["Rule", "block_mass", "kernel_reasons", "listed_mass", "lists_by_chunks", "lists_of_maps",
+           "lists_of_scores", "plain_calls", "pool", "route", "route_means", "row_errors", "state"]
 
 _SWITCH = "DIT_SPARSE_ROUTING"
 _MAX_HEAD_DIM = 128  # of the values; `triton_reasons` tests that of the keys
@@ -262,6 +262,68 @@ def lists_of_scores(
                                   max_width), query_layout, key_layout)
 
 
+def lists_by_chunks(
+    scores: Callable[[slice], Tensor],
+    batch: int,
+    heads: int,
+    query_layout: BlockLayout,
+    key_layout: BlockLayout,
+    rule: Rule,
+    *,
+    kernels: bool | None = None,
+) -> BlockMask:
+    """`lists_of_scores` where a method makes the scores itself: some heads at a time, never the maps of all of them.
+
+    Args:
+        scores: heads -> their scores (B, h, nq, nk).
+        batch, heads: B and H.
+        query_layout, key_layout, rule, kernels: as in `route`.
+    """
+    numbers = 4 * batch * query_layout.blocks * key_layout.blocks
+    parts = [lists_of_scores(scores(part), query_layout, key_layout, rule.of_heads(part), kernels=kernels)
+             for part in scoring.head_chunks(heads, numbers)]
+    if len(parts) == 1:
+        return parts[0]
+    lists, whole, boundary = (torch.cat([getattr(part, name) for part in parts], dim=1)
+                              for name in ("lists", "whole", "boundary"))
+    mask = BlockMask(lists, whole, boundary, query_layout, key_layout)
+    if all("pairs" in part.__dict__ for part in parts):
+        mask.__dict__["pairs"] = torch.cat([part.pairs for part in parts], dim=1)
+    return mask
+
+
+def lists_of_maps(
+    keep: Callable[[slice], Tensor],
+    batch: int,
+    heads: int,
+    layout: BlockLayout,
+    video: int,
+    *,
+    kernels: bool | None = None,
+) -> BlockMask:
+    """The mask of the pairs of video blocks that a method keeps, worked out for some heads at a time.
+
+    Text, in the blocks after the video's, is seen by every query and sees everything.
+
+    Args:
+        keep: heads -> bool (or 0 and 1) (B, h, video, video), with at least one pair in every row.
+        batch, heads: B and H.
+        layout: blocks of queries and keys.
+        video: how many of them, from the first on, hold video.
+        kernels: as in `route`.
+    """
+    blocks = layout.blocks
+    rule = Rule("threshold", 0.5, rows=slice(0, video), columns=slice(0, video))
+
+    def scores(part: slice) -> Tensor:
+        chosen = keep(part)
+        whole = torch.zeros(*chosen.shape[:2], blocks, blocks, device=chosen.device)
+        whole[..., :video, :video] = chosen
+        return whole
+
+    return lists_by_chunks(scores, batch, heads, layout, layout, rule, kernels=kernels)
+
+
 def _as_mask(found: object, query_layout: BlockLayout, key_layout: BlockLayout) -> BlockMask:
     """The mask of a kernel's lists; the kernel counted the pairs on its way."""
     lists, whole, boundary, pairs = (getattr(found, name) for name in ("lists", "whole", "boundary", "pairs"))
@@ -356,3 +418,38 @@ def listed_mass(
     from .kernels.mass import listed_mass_triton
 
     return listed_mass_triton(query, key, lse, Blocks.from_mask(mask, key_mask), scale, per_row=per_row)
+
+
+def block_mass(
+    query: Tensor,
+    key: Tensor,
+    query_layout: BlockLayout,
+    key_layout: BlockLayout,
+    scale: float,
+    *,
+    key_mask: Tensor | None = None,
+    kernels: bool | None = None,
+) -> Tensor:
+    """Exact attention mass of every pair of blocks: `scoring.block_mass`, or two passes of kernels (LSE, then mass).
+
+    Args:
+        query, key, query_layout, key_layout, scale, key_mask: as in `scoring.block_mass`.
+        kernels: as in `route`.
+
+    Returns:
+        float32 (B, H, nq, nk): for some heads at a time, see `lists_by_chunks`.
+    """
+    sizes = (query_layout.block_size, key_layout.block_size)
+    odd = "" if set(sizes) <= {16, 32, 64, 128} else f"block sizes {sizes} are not among 16, 32, 64, 128"
+    _check_pair("block_mass", query, key)
+    for name, x, layout in (("query", query, query_layout), ("key", key, key_layout)):
+        _check_layout(f"block_mass: {name}", layout, x)
+    key_mask = _check_mask("block_mass: key_mask", key_mask, key.shape[0], key.shape[1])
+    if not _use_kernels(query, 0, kernels, key, also=odd):
+        return scoring.block_mass(query, key, query_layout, key_layout, scale, key_mask=key_mask)
+    every = BlockMask.full(query_layout, key_layout)
+    # The LSE does not depend on the values: the keys serve as well.
+    _, lse = block_sparse_attention(query, key, key, every, scale=scale, key_mask=key_mask)
+    mass = listed_mass(query, key, lse, every, scale, key_mask=key_mask, kernels=True)
+    # Short blocks come last in the lists.
+    return torch.zeros_like(mass).scatter_(-1, every.lists.to(torch.int64).expand_as(mass), mass)

@@ -23,8 +23,16 @@ def head_chunks(heads: int, numbers_per_head: int) -> Iterator[slice]:
         yield slice(start, min(start + step, heads))
 
 
-def _gather(x: Tensor, index: Tensor) -> Tensor:
-    """Tokens at the index; zeros where it is -1. (B, L, H, D), (n,) or (B|1, H|1, n) -> (B, n, H, D)"""
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens at the index; zeros where it is -1.
+
+    Args:
+        x: (B, L, H, D).
+        index: int64 (n,), or (B|1, H|1, n) for tokens per head.
+
+    Returns:
+        (B, n, H, D).
+    """
     batch, _, heads, dim = x.shape
     token = index.clamp(min=0)
     if index.dim() == 1:
@@ -36,7 +44,7 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
 
 def to_slots(x: Tensor, layout: BlockLayout) -> Tensor:
     """The tokens in slot order, zeros at padding: (B, L, H, D) -> (B, slots, H, D)."""
-    return _gather(x, layout.token_of_slot)
+    return gather_tokens(x, layout.token_of_slot)
 
 
 def _block_sums(x: Tensor, layout: BlockLayout) -> Tensor:
@@ -50,7 +58,7 @@ def _block_sums(x: Tensor, layout: BlockLayout) -> Tensor:
         return torch.cat(sums, dim=1)
     step = max(1, _NUMBERS_AT_ONCE // (size * x[:, 0].numel())) * size
     parts = layout.index.split(step, dim=-1)
-    return torch.cat([_gather(x, p).unflatten(1, (-1, size)).sum(2, dtype=torch.float32) for p in parts], dim=1)
+    return torch.cat([gather_tokens(x, p).unflatten(1, (-1, size)).sum(2, dtype=torch.float32) for p in parts], dim=1)
 
 
 def pool(x: Tensor, layout: BlockLayout, *, mask: Tensor | None = None) -> Tensor:
@@ -72,6 +80,48 @@ def pool(x: Tensor, layout: BlockLayout, *, mask: Tensor | None = None) -> Tenso
         ones = mask[..., None, None].to(torch.float32).expand(-1, -1, x.shape[2], 1)
         counts = _block_sums(ones, layout)
     return (_block_sums(x, layout) / counts.clamp(min=1)).transpose(1, 2)
+
+
+def keys_held(layout: BlockLayout, key_mask: Tensor | None) -> Tensor:
+    """Real keys of every block: float32 (B|1, H|1, blocks).
+
+    Args:
+        layout: how the keys sit in blocks.
+        key_mask: bool (B, L), True where the key is a real token, or None when all are.
+    """
+    if key_mask is None:
+        return layout.lengths.to(torch.float32)[None, None]
+    heads = 1 if layout.index is None or layout.index.dim() == 1 else layout.index.shape[1]
+    ones = key_mask[..., None, None].to(torch.float32).expand(-1, -1, heads, -1)
+    return _block_sums(ones, layout).transpose(1, 2)[..., 0]
+
+
+def mean_deviation(x: Tensor, layout: BlockLayout, mean: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Mean distance of a block's real tokens from their mean, channel by channel; some blocks at a time.
+
+    Args:
+        x: (B, L, H, D).
+        layout: how the L tokens sit in blocks.
+        mean: float32 (B, H, n, D), from `pool` with the same mask.
+        mask: as in `pool`.
+
+    Returns:
+        float32 (B, H, n, D); zeros for a block without real tokens.
+    """
+    size, heads = layout.block_size, x.shape[2]
+    ones = x.new_ones(1, 1, 1, 1) if mask is None else mask[..., None, None].to(x.dtype)
+    if mask is not None:
+        x = x.masked_fill(~mask[..., None, None], 0)
+    ones = ones.expand(x.shape[0], x.shape[1], heads, 1)
+    step = max(1, _NUMBERS_AT_ONCE // (4 * size * x[:, 0].numel()))
+    parts = []
+    for start in range(0, layout.blocks, step):
+        slots = layout.token_of_slot[..., start * size : (start + step) * size]
+        tokens, real = (gather_tokens(y, slots).unflatten(1, (-1, size)) for y in (x, ones))
+        centre = mean[:, :, start : start + step].transpose(1, 2)[:, :, None]
+        distance = (tokens.to(torch.float32) - centre).abs_().mul_(real)
+        parts.append(distance.sum(2) / real.sum(2, dtype=torch.float32).clamp(min=1))
+    return torch.cat(parts, dim=1).transpose(1, 2)
 
 
 def pooled_scores(
@@ -198,7 +248,7 @@ def sampled_row_attention(
         real = key_mask[:, None, None, :]
         allowed = real if allowed is None else allowed & real
     # [B, H, R, D] x [B, H, D, Lk]
-    logits = (_gather(query, rows).transpose(1, 2) @ key.permute(0, 2, 3, 1)).to(torch.float32) * scale
+    logits = (gather_tokens(query, rows).transpose(1, 2) @ key.permute(0, 2, 3, 1)).to(torch.float32) * scale
     if allowed is not None:
         logits = logits.masked_fill_(~allowed, float("-inf"))
     probs = logits.softmax(-1)

@@ -83,7 +83,7 @@ def _share_limit(p: float | Tensor) -> int | Tensor:
     return torch.where(p >= 1, 2**62, (p.nan_to_num(-1).clamp(-1, 1) * _SHARE_UNIT).to(torch.int64))
 
 
-def select_top_p(scores: Tensor, p: float | Tensor, *, least: int = 1) -> Tensor:
+def select_top_p(scores: Tensor, p: float | Tensor, *, least: int = 1, crossing: bool = True) -> Tensor:
     """The fewest blocks of every row whose shares exceed p: a block is kept while those before it hold at most p.
 
     Args:
@@ -91,6 +91,7 @@ def select_top_p(scores: Tensor, p: float | Tensor, *, least: int = 1) -> Tensor
             would wait for the device: they count as the nearest of 0 ... 1, and NaN, which ranks first, as 0.
         p: share to hold; a float, or a tensor that broadcasts to (..., nq, 1). p >= 1 keeps everything.
         least: blocks that are kept in any case, best first.
+        crossing: False: the block that takes the sum beyond p is not kept, so the kept ones hold at most p.
 
     Returns:
         bool (..., nq, nk).
@@ -98,8 +99,8 @@ def select_top_p(scores: Tensor, p: float | Tensor, *, least: int = 1) -> Tensor
     value, place = _ranked(scores)
     # Sums of whole numbers are exact, whatever order a device adds them in.
     share = (value.to(torch.float32).nan_to_num(0).clamp_(0, 1) * _SHARE_UNIT).to(torch.int64)
-    before = share.cumsum(-1) - share
-    taken = before <= _share_limit(p)
+    held = share.cumsum(-1)
+    taken = (held - share if crossing else held) <= _share_limit(p)
     taken[..., : max(1, least)] = True
     return torch.zeros_like(taken).scatter_(-1, place, taken)
 
@@ -116,6 +117,48 @@ def select_threshold(scores: Tensor, threshold: float | Tensor) -> Tensor:
     """
     best = scores.argmax(-1, keepdim=True)
     return (scores >= threshold).scatter_(-1, best, True)
+
+
+def map_kept(density: float, video: int, text: int, *, count_forced: bool) -> int:
+    """Pairs of video blocks that a choice over a head's whole map keeps, for a density of the whole mask.
+
+    Args:
+        density: asked kept fraction.
+        video, text: number of blocks that hold video, and text, whose rows and columns are kept anyway.
+        count_forced: the text's rows and columns are part of the density; the choice then keeps at least half of it,
+            and at least as many pairs as there are rows.
+
+    Returns:
+        The number, at least 1.
+    """
+    least = count_of_density(video**2, density)
+    if not count_forced:
+        return least
+    left = density * (video + text) ** 2 - ((video + text) ** 2 - video**2)
+    return min(video**2, max(video, count_of_density(video**2, density / 2), round(left)))
+
+
+def select_global(scores: Tensor, k: int) -> Tensor:
+    """The k highest scores of every map, over all of its rows together: a row may keep none. Of equal scores the one
+    in the lower row, then in the lower column, wins.
+
+    Args:
+        scores: (..., nq, nk).
+        k: how many; values below 1 count as 1, values above nq * nk as nq * nk.
+
+    Returns:
+        bool (..., nq, nk).
+    """
+    flat = scores.flatten(-2)
+    most = flat.shape[-1]
+    k = min(max(1, k), most)
+    if 2 * k <= most:
+        last = flat.topk(k, sorted=False).values.amin(-1, keepdim=True)
+    else:
+        last = flat.topk(most - k + 1, largest=False, sorted=False).values.amax(-1, keepdim=True)
+    above, equal = flat > last, flat == last
+    left = k - above.sum(-1, keepdim=True, dtype=torch.int32)
+    return (above | equal & (equal.cumsum(-1, dtype=torch.int32) <= left)).unflatten(-1, scores.shape[-2:])
 
 
 def select_random(

@@ -204,7 +204,7 @@ class RunSession:
             return None
         if self.settings.check == "step":
             self._guard.watch(record.layer, out, self.layers)
-        record.kind, record.density = "sparse", plan.operator.density(plan.mask)
+        record.kind, record.density = "sparse", plan.operator.computed(call, plan.mask)
         return out
 
     def _fall_back(self, record: CallRecord, reason: str) -> None:

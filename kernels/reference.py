@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -129,6 +131,72 @@ def soft_reference(
     weights = (scores - torch.where(lse == -torch.inf, 0, lse)[..., None]).exp()
     out = (weights @ torch.cat([v, mean_v], -2)).transpose(1, 2)
     return out.to(query.dtype if dtype == torch.float32 else dtype), lse
+
+
+def skip_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BlockMask,
+    threshold: float,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    *,
+    first: str = "own",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Online softmax over the listed blocks, without those whose scores lie too far below the running maximum.
+
+    Source: BLASST, arXiv 2512.12087: block j is left out when max_j < m + log(threshold) for every row, with m the
+    row's maximum over the blocks visited before.
+
+    Args:
+        query: (B, Lq, H, D). key: (B, Lk, H, D). value: (B, Lk, H, Dv).
+        mask: the block mask; its lists are visited whole blocks first.
+        threshold: lambda, in [0, 1].
+        scale, key_mask, dtype: as in `attention_reference`.
+        first: "list": whole blocks in list order; "own": the same order turned so that the query block's own, or the
+            next one behind it, comes first.
+
+    Returns:
+        out (B, Lq, H, Dv) and LSE (B, H, Lq), as in `attention_reference`, and bool (B, H, nq, width): which list
+        entries were left out.
+    """
+    B, Lq, H, D = query.shape
+    scale = D**-0.5 if scale is None else scale
+    bound = math.log(threshold) if threshold > 0 else -math.inf
+    real = torch.ones(B, key.shape[1], dtype=torch.bool, device=key.device) if key_mask is None else key_mask
+    q, k, v = (x.to(dtype).transpose(1, 2) for x in (query, *(x.where(real[..., None, None], 0) for x in (key, value))))
+    seen = (mask.token_mask() & real[:, None, None]).expand(B, H, -1, -1)
+    tokens = [x.token_of_slot.expand(B, H, -1).unflatten(-1, (-1, x.block_size)) for x in (mask.query, mask.key)]
+    lists, whole, work = (x.expand(B, H, *x.shape[2:]) for x in (mask.lists, mask.whole, mask.work()))
+    out, lse = torch.zeros(B, H, Lq, v.shape[-1], dtype=dtype), torch.full((B, H, Lq), -torch.inf, dtype=dtype)
+    skipped = torch.zeros(lists.shape, dtype=torch.bool)
+    for b, h, i in itertools.product(range(B), range(H), range(lists.shape[2])):
+        rows = tokens[0][b, h, i]
+        rows = rows[rows >= 0]
+        top = torch.full((len(rows),), -torch.inf, dtype=dtype)
+        total, acc = torch.zeros_like(top), torch.zeros(len(rows), v.shape[-1], dtype=dtype)
+        order, n = list(range(int(work[b, h, i]))), int(whole[b, h, i])
+        if first == "own":
+            own = i * mask.query.block_size // mask.key.block_size
+            behind = [p for p in order[:n] if int(lists[b, h, i, p]) >= own]
+            order = behind + [p for p in order[:n] if p not in behind] + order[n:]
+        for place in order:
+            columns = tokens[1][b, h, int(lists[b, h, i, place])]
+            columns = columns[columns >= 0]
+            score = (q[b, h, rows] @ k[b, h, columns].T * scale).masked_fill(~seen[b, h][rows][:, columns], -torch.inf)
+            tile_top = score.amax(-1)
+            if bool((tile_top < top + bound).all()):
+                skipped[b, h, i, place] = True
+                continue
+            new_top = torch.maximum(top, tile_top)
+            safe = torch.where(new_top == -torch.inf, 0, new_top)
+            weight, shrink = (score - safe[:, None]).exp(), (top - safe).exp()
+            total, acc = total * shrink + weight.sum(-1), acc * shrink[:, None] + weight @ v[b, h, columns]
+            top = new_top
+        out[b, h, rows], lse[b, h, rows] = acc / torch.where(total == 0, 1, total)[:, None], top + total.log()
+    return out.transpose(1, 2).to(query.dtype if dtype == torch.float32 else dtype), lse, skipped
 
 
 def merge_by_lse(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -97,13 +97,15 @@ class Method:
     names the option and the allowed values) and implements `plan`. `scored` says whether masks depend on
     the activations: only then does `refresh=N` keep them for N steps. `family_defaults` holds the paper's
     settings by model family, as data: the method's options together with `dense_steps` and `dense_layers`.
-    `observes` asks that `observe` sees the calls that the schedule keeps dense.
+    `observes` asks that `observe` sees the calls that the schedule keeps dense. `needs` says in a few words what the
+    method needs beyond a pipeline ("trained gate weights", "calibration file (optional)"); empty: nothing.
     """
 
     name: ClassVar[str] = ""
     title: ClassVar[str] = ""
     arxiv: ClassVar[str | None] = None
     parts: ClassVar[dict[str, str]] = {}
+    needs: ClassVar[str] = ""
     scored: ClassVar[bool] = False
     observes: ClassVar[bool] = False
     family_defaults: ClassVar[dict[str, dict[str, Any]]] = {}

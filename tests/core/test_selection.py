@@ -10,6 +10,8 @@ from dit_sparse.selection import (
     blocks_holding,
     count_of_density,
     force,
+    map_kept,
+    select_global,
     select_random,
     select_threshold,
     select_top_k,
@@ -104,6 +106,23 @@ def test_count_of_density(blocks: int, density: float, kept: int) -> None:
 def test_constant_scores_keep_exactly_the_count() -> None:
     keep = select_top_k(torch.zeros(1, 2, 591, 591), count_of_density(591, 0.2))
     assert keep[..., :119].all() and not keep[..., 119:].any()
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 12, 13, 24, 99])
+def test_global_choice_is_the_best_of_the_whole_map_and_of_ties_the_first(k: int) -> None:
+    for scores in (torch.randn(2, 3, 4, 6), torch.randint(0, 3, (2, 3, 4, 6)).float(), torch.zeros(2, 3, 4, 6)):
+        keep = select_global(scores, k)
+        place = scores.flatten(-2).argsort(dim=-1, descending=True, stable=True)[..., :k]
+        want = torch.zeros(2, 3, 24, dtype=torch.bool).scatter_(-1, place, True)
+        assert torch.equal(keep.flatten(-2), want)
+
+
+@pytest.mark.parametrize(("density", "video", "text", "counted", "kept"), [
+    (0.5, 10, 0, True, 50), (0.5, 10, 2, True, 28), (0.1, 10, 2, True, 10), (0.3, 10, 2, True, 15),
+    (0.5, 10, 2, False, 50), (1.0, 10, 2, True, 100), (1.0, 1, 0, True, 1),
+])
+def test_pairs_kept_of_a_map(density: float, video: int, text: int, counted: bool, kept: int) -> None:
+    assert map_kept(density, video, text, count_forced=counted) == kept
 
 
 def test_force() -> None:

@@ -267,6 +267,19 @@ def test_masses_are_those_of_the_twin(case: tuple[Any, ...]) -> None:
             torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_masses_of_all_blocks_stand_at_their_places(masked: bool) -> None:
+    """Short blocks, last in the lists, in the middle too; fewer queries than keys."""
+    key_layout = BlockLayout.from_order(torch.randperm(150), 32, lengths=[70, 80])
+    query_layout = BlockLayout.from_order(torch.arange(40), 16, lengths=[20, 20])
+    query, key = torch.randn(2, 40, 2, 64), torch.randn(2, 150, 2, 64)
+    mask = torch.rand(2, 150) < 0.7 if masked else None
+    arguments = query, key, query_layout, key_layout, 0.2
+    want = routing.block_mass(*arguments, key_mask=mask)
+    got = routing.block_mass(*arguments, key_mask=mask, kernels=True)
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)
+
+
 def test_no_operator_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every kernel path on tensors without contents, launches left out: what needs a content cannot run."""
     from dit_sparse.kernels import mass, pooling, sampling

@@ -216,3 +216,15 @@ def test_listed_mass_of_all_blocks_is_the_block_mass() -> None:
     torch.testing.assert_close(routing.listed_mass(query, key, lse, full, 0.3, key_mask=mask), want)
     rows = routing.listed_mass(query, key, lse, full, 0.3, key_mask=mask, per_row=True)
     torch.testing.assert_close(rows, torch.ones_like(lse))
+
+
+def test_lists_of_maps_by_chunks_of_heads_are_those_of_all_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = BlockLayout.raster(7 * 16 - 3, 16)
+    keep = (torch.rand(2, 5, 5, 5) < 0.4) | torch.eye(5, dtype=torch.bool)
+    want = torch.ones(2, 5, 7, 7, dtype=torch.bool)
+    want[..., :5, :5] = keep
+    for most in (2**26, 2 * 4 * 2 * 49):
+        monkeypatch.setattr(scoring, "_NUMBERS_AT_ONCE", most)
+        got = routing.lists_of_maps(lambda heads: keep[:, heads], 2, 5, layout, 5)
+        assert torch.equal(got.to_dense(), want)
+        assert torch.equal(got.pairs, BlockMask.from_dense(want, layout, layout).pairs)

@@ -23,7 +23,7 @@ def test_shipped_methods_are_found() -> None:
     assert list(all_methods()) == sorted(all_methods())
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", sorted(all_methods()))
 def test_methods_describe_themselves(name: str) -> None:
     method = all_methods()[name]
     assert method.name == name and method.title and list(method.parts) == PARTS
@@ -31,6 +31,16 @@ def test_methods_describe_themselves(name: str) -> None:
     assert method() == build(name) and hash(method()) == hash(build(name))
     for field in dataclasses.fields(method):
         assert f"{field.name}" in (method.__doc__ or ""), f"{name}.{field.name} has no line in the docstring"
+
+
+def test_methods_list_their_papers_parts_and_needs() -> None:
+    found = {method.name: method for method in methods()}
+    assert list(found) == list(all_methods())
+    for name, method in found.items():
+        known = all_methods()[name]
+        assert (method.title, method.arxiv, method.needs) == (known.title, known.arxiv, known.needs)
+        assert list(method.parts) == PARTS and list(method.options) == [f.name for f in dataclasses.fields(known)]
+    assert not found["svg"].needs
 
 
 @pytest.mark.parametrize(
