@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import pathlib
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -107,6 +108,43 @@ def median_ms(call: Callable[[], Any], device: str, *, seconds: float = 0.4, lea
         last.record()
     torch.cuda.synchronize(device)
     return statistics.median(first.elapsed_time(last) for first, last in events)
+
+
+def in_turn(calls: dict[str, Callable[[], Any]], device: str, *, rounds: int = 24) -> dict[str, float]:
+    """Median milliseconds of calls that take turns: clock and temperature are the same for all of them.
+
+    At its power limit a GPU runs a call faster after one that draws less, so every round has an order of its own.
+
+    Args:
+        calls: by name; each runs once before it is timed.
+        device: where they compute. On a GPU the cache is overwritten before each call.
+        rounds: timed calls of each.
+    """
+    for call in calls.values():
+        call()
+    names, cuda = list(calls), torch.device(device).type == "cuda"
+    shuffled = random.Random(0)
+    turns = [name for _ in range(rounds) for name in shuffled.sample(names, len(names))]
+    times: dict[str, list[float]] = {name: [] for name in names}
+    if not cuda:
+        for name in turns:
+            start = time.perf_counter()
+            calls[name]()
+            times[name].append((time.perf_counter() - start) * 1e3)
+        return {name: statistics.median(found) for name, found in times.items()}
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+    events = []
+    for name in turns:
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        first.record()
+        calls[name]()
+        last.record()
+        events.append((name, first, last))
+    torch.cuda.synchronize(device)
+    for name, first, last in events:
+        times[name].append(first.elapsed_time(last))
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def random_keep(heads: int, query_blocks: int, key_blocks: int, density: float, device: str) -> Tensor:

@@ -1,10 +1,11 @@
 """Seconds of one denoising step at a real model's geometry, dense and sparse: `dit-sparse bench step`.
 
-    python -m dit_sparse.eval.step_speed --model wan-14b-720p --density 0.2
+    python -m dit_sparse.eval.step_speed --model wan-14b-720p --density 0.2 --fp8 linear --fp8 both --profile
 
 Weights are random and made on the device; they say nothing about quality. A few layers are timed, the same with more
 of each kind, and the step is scaled to the real number of layers: the table says so. Dense is the model as it is,
-with the same compilation and, on an NVIDIA GPU, with cuDNN's attention first.
+with the same compilation and, on an NVIDIA GPU, with cuDNN's attention first. Rungs of --fp8 compute the linear layers
+of the blocks, the attention, or both in 8-bit floats.
 """
 
 from __future__ import annotations
@@ -24,40 +25,46 @@ import torch
 import dit_sparse
 from dit_sparse.eval.peers import first_line
 from dit_sparse.eval.speed import DTYPES, environment, median_ms, misuse, table
+from dit_sparse.eval.step_models import GEOMETRIES, Geometry, build
+from dit_sparse.eval.step_profile import Profile, profile
+from dit_sparse.kernels import hopper_plan
+from dit_sparse.linear8 import fp8_linears
+from dit_sparse.linear8 import missing as linear8_missing
 from dit_sparse.methods import all_methods
 
-COLUMNS = ("model", "tokens", "what", "backend", "density", "ms a layer", "rest ms", "step s", "x dense", "GiB")
+COLUMNS = ("model", "tokens", "what", "backend", "density", "ms a layer", "rest ms", "step s", "x dense", "GiB",
+           "memory")
 FEW, MORE = 1, 3  # layers of a kind in the small and in the larger model
 LONG_RUN = 1000  # steps that a timed run pretends to have, so that every call is a step of its own
+RUNGS = {"linear": ("linear",), "attention": ("attention",), "both": ("linear", "attention")}
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """A real model's shape.
+class Variant:
+    """What is timed: a method, None for dense, and the parts that are computed in 8-bit floats."""
 
-    Args:
-        name, title: what users write, and what it is.
-        cls: transformer class of Diffusers.
-        kinds: the configuration's layer counts and how many the model has.
-        inputs: (device, dtype) -> the forward's arguments at the size named.
-        tokens: in self-attention, text included.
-        config: what differs from the class's defaults.
-    """
+    method: str | None
+    fp8: tuple[str, ...] = ()
 
-    name: str
-    title: str
-    cls: str
-    kinds: dict[str, int]
-    inputs: Callable[[str, torch.dtype], dict[str, Any]]
-    tokens: int
-    config: dict[str, Any] = field(default_factory=dict)
+    @property
+    def title(self) -> str:
+        """As printed."""
+        rung = next((name for name, parts in RUNGS.items() if parts == self.fp8), "")
+        return (self.method or "dense") + f", fp8 {rung}" * bool(rung)
 
 
 @dataclass(frozen=True)
 class StepRow:
     """One measured step; `layer_ms` by kind of layer, `step_seconds` scaled to the real number of layers.
 
-    `short`: more layers took no longer than few, so the times were too short to tell what a layer takes.
+    Args:
+        speedup: seconds of the dense step over this one's.
+        peak_gib: peak memory of the larger timed model; above_dense: over that of the dense one with as many layers,
+            less 1. 0 and None where it is not known.
+        fallbacks: calls that ran dense, by reason.
+        short: more layers took no longer than few, so the times were too short to tell what a layer takes.
+        profile: milliseconds by kind of layer and kind of kernel, of one step of the larger model.
+        profile_lines: the same as text.
     """
 
     model: str
@@ -72,91 +79,17 @@ class StepRow:
     peak_gib: float
     fallbacks: dict[str, int]
     short: bool = False
+    above_dense: float | None = None
+    profile: dict[str, dict[str, float]] = field(default_factory=dict)
+    profile_lines: list[str] = field(default_factory=list)
 
     def cells(self) -> list[str]:
         """The row as printed."""
         layers = " + ".join(f"{ms:.2f}" for ms in self.layer_ms.values())
         return [self.model, str(self.tokens), self.what, self.backend, f"{self.density:.3f}", layers,
                 f"{self.rest_ms:.1f}", f"{self.step_seconds:.3f}" + "?" * self.short,
-                f"{self.speedup:.2f}" + "?" * self.short, f"{self.peak_gib:.2f}"]
-
-
-def _randn(*shape: int, device: str, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(shape, device=device, dtype=dtype)
-
-
-def _wan(frames: int, height: int, width: int, text: int = 512, text_dim: int = 4096
-         ) -> Callable[[str, torch.dtype], dict[str, Any]]:
-    def inputs(device: str, dtype: torch.dtype) -> dict[str, Any]:
-        made = dict(device=device, dtype=dtype)
-        return {"hidden_states": _randn(1, 16, frames, height, width, **made),  # type: ignore[arg-type]
-                "timestep": torch.full((1,), 999.0, device=device),
-                "encoder_hidden_states": _randn(1, text, text_dim, **made)}  # type: ignore[arg-type]
-
-    return inputs
-
-
-def _hunyuan(frames: int, height: int, width: int) -> Callable[[str, torch.dtype], dict[str, Any]]:
-    def inputs(device: str, dtype: torch.dtype) -> dict[str, Any]:
-        made = dict(device=device, dtype=dtype)
-        mask = torch.zeros(1, 256, dtype=torch.int64, device=device)
-        mask[:, :40] = 1  # a caption of forty words; the rest is padding, as the pipeline gives it
-        return {"hidden_states": _randn(1, 16, frames, height, width, **made),  # type: ignore[arg-type]
-                "timestep": torch.full((1,), 999.0, device=device), "encoder_attention_mask": mask,
-                "encoder_hidden_states": _randn(1, 256, 4096, **made),  # type: ignore[arg-type]
-                "pooled_projections": _randn(1, 768, **made),  # type: ignore[arg-type]
-                "guidance": torch.full((1,), 6000.0, device=device, dtype=dtype)}
-
-    return inputs
-
-
-def _flux(height: int, width: int) -> Callable[[str, torch.dtype], dict[str, Any]]:
-    def inputs(device: str, dtype: torch.dtype) -> dict[str, Any]:
-        made = dict(device=device, dtype=dtype)
-        places = torch.zeros(height, width, 3, device=device)
-        places[..., 1] += torch.arange(height, device=device)[:, None]
-        places[..., 2] += torch.arange(width, device=device)
-        return {"hidden_states": _randn(1, height * width, 64, **made),  # type: ignore[arg-type]
-                "timestep": torch.full((1,), 0.999, device=device),
-                "encoder_hidden_states": _randn(1, 512, 4096, **made),  # type: ignore[arg-type]
-                "pooled_projections": _randn(1, 768, **made),  # type: ignore[arg-type]
-                "guidance": torch.full((1,), 3.5, device=device),
-                "img_ids": places.reshape(-1, 3), "txt_ids": torch.zeros(512, 3, device=device)}
-
-    return inputs
-
-
-GEOMETRIES = {g.name: g for g in (
-    Geometry("wan-14b-720p", "Wan2.1-14B, 81 frames of 1280x720 (21x45x80)", "WanTransformer3DModel",
-             {"num_layers": 40}, _wan(21, 90, 160), 21 * 45 * 80),
-    Geometry("wan-1.3b-480p", "Wan2.1-1.3B, 81 frames of 832x480 (21x30x52)", "WanTransformer3DModel",
-             {"num_layers": 30}, _wan(21, 60, 104), 21 * 30 * 52,
-             {"num_attention_heads": 12, "ffn_dim": 8960}),
-    Geometry("hunyuan-720p", "HunyuanVideo, 129 frames of 1280x720 (33x45x80 + 256 text)",
-             "HunyuanVideoTransformer3DModel", {"num_layers": 20, "num_single_layers": 40}, _hunyuan(33, 90, 160),
-             33 * 45 * 80 + 256),
-    Geometry("flux-2048", "FLUX.1-dev at 2048x2048 (128x128 + 512 text)", "FluxTransformer2DModel",
-             {"num_layers": 19, "num_single_layers": 38}, _flux(128, 128), 128 * 128 + 512,
-             {"guidance_embeds": True}),
-    Geometry("tiny", "a Wan of 4 heads of 64 at 5x16x16, for a CPU", "WanTransformer3DModel", {"num_layers": 8},
-             _wan(5, 32, 32, 32, 128), 5 * 16 * 16,
-             {"num_attention_heads": 4, "attention_head_dim": 64, "text_dim": 128, "ffn_dim": 768}),
-)}
-
-
-def build(geometry: Geometry, counts: dict[str, int], device: str, dtype: torch.dtype) -> torch.nn.Module:
-    """The model with these numbers of layers, random weights, made on the device."""
-    import diffusers
-
-    default = torch.get_default_dtype()
-    torch.manual_seed(0)
-    try:
-        torch.set_default_dtype(dtype)  # a layer of fp32 weights on the way would be twice the memory
-        with torch.device(device):
-            model = getattr(diffusers, geometry.cls)(**{**geometry.config, **counts})
-    finally:
-        torch.set_default_dtype(default)
-    return model.eval().requires_grad_(False)
+                f"{self.speedup:.2f}" + "?" * self.short, f"{self.peak_gib:.2f}",
+                "" if self.above_dense is None else f"{100 * self.above_dense:+.1f} %"]
 
 
 @contextlib.contextmanager
@@ -181,14 +114,17 @@ class _Timed:
     density: float = 1.0
     backend: str = "dense"
     fallbacks: dict[str, int] = field(default_factory=dict)
+    profile: Profile | None = None
 
 
 @torch.no_grad()
 def _time_model(geometry: Geometry, counts: dict[str, int], proc: Any, device: str, dtype: torch.dtype,
-                compiled: bool, seconds: float) -> _Timed:
+                compiled: bool, seconds: float, linear8: bool = False, profiled: bool = False) -> _Timed:
     """Times one forward; `proc` is a SparseProc, or None for dense."""
     cuda = torch.device(device).type == "cuda"
     model, inputs = build(geometry, counts, device, dtype), geometry.inputs(device, dtype)
+    if linear8:
+        fp8_linears(model, keep=False)
     if proc is not None:
         dit_sparse.enable(model, proc)
     if compiled:
@@ -206,8 +142,8 @@ def _time_model(geometry: Geometry, counts: dict[str, int], proc: Any, device: s
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)
         took = median_ms(step, device, seconds=seconds, least=5)
-    peak = torch.cuda.max_memory_allocated(device) / 2**30 if cuda else 0.0
-    timed = _Timed(took, peak)
+        peak = torch.cuda.max_memory_allocated(device) / 2**30 if cuda else 0.0
+        timed = _Timed(took, peak, profile=profile(step, device) if profiled else None)
     if proc is not None:
         report = dit_sparse.summary(model)
         timed.density, timed.fallbacks = report.density, dict(report.fallbacks)
@@ -226,6 +162,7 @@ def _release(device: str, compiled: bool) -> None:
 
 def bench_step(geometry: Geometry, methods: Sequence[str], *, density: float = 0.2, device: str = "cuda",
                dtype: str = "bf16", compiled: bool = True, backend: str | None = None, seconds: float = 1.0,
+               fp8: Sequence[str] = (), profiled: bool = False,
                on_row: Callable[[StepRow], None] = lambda row: None) -> list[StepRow]:
     """Times a step dense, then with every method, no step and no layer kept dense.
 
@@ -237,6 +174,8 @@ def bench_step(geometry: Geometry, methods: Sequence[str], *, density: float = 0
         compiled: compile the repeated blocks, dense and sparse alike.
         backend: kernel of the sparse calls; None: the fastest that can run.
         seconds: of timed calls for each number of layers.
+        fp8: rungs to time every method with as well, names of `RUNGS`; "linear" also dense.
+        profiled: also look at one step of each larger model under the profiler, once it is timed.
         on_row: called with each row as it is measured.
 
     Returns:
@@ -245,27 +184,45 @@ def bench_step(geometry: Geometry, methods: Sequence[str], *, density: float = 0
     Raises:
         SparseFallbackError: a method's call could not run sparse: its row would tell of dense attention.
     """
-    kinds = list(geometry.kinds)
-    base = dict.fromkeys(kinds, FEW)
     rows: list[StepRow] = []
-    for name in (None, *methods):
-        def timed(counts: dict[str, int], name: str | None = name) -> _Timed:
-            proc = None if name is None else _proc(name, density, backend)
+    for variant in variants(methods, fp8):
+        def timed(counts: dict[str, int], look: bool, variant: Variant = variant) -> _Timed:
+            kernel = "fp8" if "attention" in variant.fp8 else backend
+            proc = None if variant.method is None else _proc(variant.method, density, kernel)
             _release(device, compiled)
-            return _time_model(geometry, counts, proc, device, DTYPES[dtype], compiled, seconds)
+            return _time_model(geometry, counts, proc, device, DTYPES[dtype], compiled, seconds,
+                               "linear" in variant.fp8, look)
 
-        few = timed(base)
-        more = {kind: timed(base | {kind: MORE}) for kind in kinds}
-        layer = {kind: max(0.0, (more[kind].ms - few.ms) / (MORE - FEW)) for kind in kinds}
-        rest = max(0.0, few.ms - FEW * sum(layer.values()))
-        fallbacks: Counter[str] = sum((Counter(m.fallbacks) for m in (few, *more.values())), Counter())
-        step = (rest + sum(layer[kind] * geometry.kinds[kind] for kind in kinds)) / 1e3
-        rows.append(StepRow(geometry.name, geometry.tokens, name or "dense", few.backend, few.density, layer, rest,
-                            step, rows[0].step_seconds / step if rows else 1.0,
-                            max(m.peak for m in more.values()), dict(fallbacks),
-                            min(layer.values()) == 0 or (bool(rows) and rows[0].short)))
+        base = dict.fromkeys(geometry.kinds, FEW)
+        few = timed(base, False)
+        more = {kind: timed(base | {kind: MORE}, profiled) for kind in geometry.kinds}
+        rows.append(_row(geometry, variant, few, more, rows[0] if rows else None))
         on_row(rows[-1])
     return rows
+
+
+def variants(methods: Sequence[str], fp8: Sequence[str]) -> list[Variant]:
+    """What is timed, in this order: dense, then every method, each with its rungs in 8-bit floats."""
+    dense = [Variant(None)] + [Variant(None, RUNGS["linear"])] * ("linear" in fp8)
+    return dense + [Variant(name, parts) for name in methods for parts in ((), *(RUNGS[rung] for rung in fp8))]
+
+
+def _row(geometry: Geometry, variant: Variant, few: _Timed, more: dict[str, _Timed], dense: StepRow | None) -> StepRow:
+    """The row of a variant from its small and larger models, the latter by the kind of layer they have more of."""
+    layer = {kind: max(0.0, (timed.ms - few.ms) / (MORE - FEW)) for kind, timed in more.items()}
+    rest = max(0.0, few.ms - FEW * sum(layer.values()))
+    fallbacks: Counter[str] = sum((Counter(m.fallbacks) for m in (few, *more.values())), Counter())
+    step = (rest + sum(layer[kind] * geometry.kinds[kind] for kind in more)) / 1e3
+    peak = max(m.peak for m in more.values())
+    looked = {kind: m.profile for kind, m in more.items() if m.profile is not None}
+    lines = [line for kind, found in looked.items()
+             for line in found.lines(f"{geometry.name}, {variant.title}, {MORE} {kind.removeprefix('num_')}")]
+    return StepRow(
+        geometry.name, geometry.tokens, variant.title, few.backend, few.density, layer, rest, step,
+        dense.step_seconds / step if dense else 1.0, peak, dict(fallbacks),
+        short=min(layer.values()) == 0 or (dense is not None and dense.short),
+        above_dense=peak / (dense.peak_gib if dense else peak) - 1 if peak else None,
+        profile={kind: found.kinds() for kind, found in looked.items()}, profile_lines=lines)
 
 
 def _proc(name: str, density: float, backend: str | None) -> Any:
@@ -286,12 +243,24 @@ def needs_gpu(models: Sequence[str], device: str) -> str:
     return f"--model {large[0]} needs a GPU; on a CPU use --model tiny" if large else ""
 
 
+def fp8_missing(rungs: Sequence[str], device: str) -> str:
+    """Why rungs in 8-bit floats cannot be timed on a device, in one line, "" when they can."""
+    if unknown := [rung for rung in rungs if rung not in RUNGS]:
+        return f"--fp8 {unknown[0]!r} is not allowed; use one of {', '.join(RUNGS)}"
+    parts = {part for rung in rungs for part in RUNGS[rung]}
+    why = linear8_missing(device) if "linear" in parts else ""
+    if not why and "attention" in parts:
+        why = hopper_plan.missing()
+    return f"--fp8 cannot run here: {why}" if why else ""
+
+
 def note(rows: Sequence[StepRow]) -> str:
     """What the table's reader must know."""
     kinds = ", ".join(f"{GEOMETRIES[name].title}: {' + '.join(map(str, GEOMETRIES[name].kinds.values()))} layers"
                       for name in dict.fromkeys(row.model for row in rows) if name in GEOMETRIES)
     return (f"Random weights. Timed with {FEW} and {MORE} layers of each kind and scaled to the model's own ({kinds}); "
-            "plan included, no step or layer kept dense. GiB: peak of the larger timed model, not of the whole one."
+            "plan included, no step or layer kept dense. GiB: peak of the larger timed model, not of the whole one; "
+            "memory: the same above dense."
             + " ?: --seconds is too short to tell a layer's time." * any(row.short for row in rows))
 
 
@@ -306,11 +275,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--eager", action="store_true", help="do not compile")
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--fp8", action="append", choices=list(RUNGS), default=[],
+                        help="time every method with these parts in 8-bit floats as well; may be repeated")
+    parser.add_argument("--profile", action="store_true", help="where the time of a step goes, by kind of kernel")
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args(argv)
     why = misuse(options.device, [options.density], options.method, options.backend)
     models = options.model or ([] if why else default_models(options.device))
-    if why := why or needs_gpu(models, options.device):
+    if why := why or needs_gpu(models, options.device) or fp8_missing(options.fp8, options.device):
         parser.error(why)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -321,7 +293,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows += bench_step(GEOMETRIES[name], options.method or ["svg", "rainfusion2", "radial"],
                                density=options.density, device=options.device, dtype=options.dtype,
                                compiled=not options.eager, backend=options.backend, seconds=options.seconds,
-                               on_row=lambda row: print("  ".join(row.cells()), flush=True))
+                               fp8=options.fp8, profiled=options.profile,
+                               on_row=lambda row: print("\n".join(["  ".join(row.cells()), *row.profile_lines]),
+                                                        flush=True))
         except dit_sparse.SparseFallbackError as error:
             parser.error(first_line(error))
         if options.out:  # after every model: a long run that is cut off keeps what it has

@@ -1,8 +1,9 @@
 """`block_sparse_attention`: checks the call, chooses a backend and runs it as one operator that compilers do not open.
 
 Backends, fastest first: "hopper" (Gluon kernel for Hopper GPUs), "triton" (portable GPU kernel), "cpu" (pieces by
-PyTorch's own CPU kernel), "pieces" (the same cut on any other device), "reference" (the formula). Importing this module
-needs neither triton nor a GPU.
+PyTorch's own CPU kernel), "pieces" (the same cut on any other device), "reference" (the formula). "fp8" computes
+products in 8-bit floats on Hopper GPUs and runs only when asked for by name: it is faster and less exact. Importing
+this module needs neither triton nor a GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import hopper_plan
+from . import fp8, hopper_plan
 from .blocks import Blocks
 from .dense import dense_attention
 from .reference import block_sparse_reference
@@ -37,6 +38,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Environment variables that keep a backend from being chosen by itself, when set to one of _OFF; by name it still runs.
 _SWITCHES = {"hopper": "DIT_SPARSE_HOPPER"}
 _OFF = ("0", "false", "off")
+_BY_NAME_ONLY = ("fp8",)  # not as exact as the dtype asked for
 
 # Kinds of calls that the Hopper kernel failed to start for, with the error: they run on the portable kernel since.
 _failed: dict[tuple[object, ...], str] = {}
@@ -204,7 +206,7 @@ def _check(
 
 def _may_choose(name: str) -> bool:
     """Whether the backend may be chosen without being asked for by name."""
-    return name not in _SWITCHES or not switched_off(_SWITCHES[name])
+    return name not in _BY_NAME_ONLY and (name not in _SWITCHES or not switched_off(_SWITCHES[name]))
 
 
 def switched_off(variable: str) -> bool:
@@ -214,6 +216,8 @@ def switched_off(variable: str) -> bool:
 
 def _note(name: str) -> str:
     """What to know about a backend that can run, for `device_backends`."""
+    if name in _BY_NAME_ONLY:
+        return f"; used only with backend={name!r}"
     if not _may_choose(name):
         return f"; switched off by {_SWITCHES[name]}={os.environ[_SWITCHES[name]]}, used only with backend={name!r}"
     if name == "hopper" and _failed:
@@ -366,4 +370,6 @@ _BACKENDS = (
     Backend("cpu", "pieces by PyTorch's CPU kernel", _cpu_reasons, _run_pieces, lambda: ""),
     Backend("pieces", "pieces by matrix products, any device, slow", _pieces_reasons, _run_pieces, lambda: ""),
     Backend("reference", "the formula, small sizes", _none, _run_reference, lambda: ""),
+    Backend("fp8", "Hopper kernel in 8-bit floats (Gluon)", fp8.fp8_reasons, fp8.block_sparse_attention_fp8,
+            hopper_plan.missing),
 )

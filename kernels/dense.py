@@ -55,13 +55,13 @@ def dense_attention(
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, attn_mask: Tensor | None) -> Tensor:
     """scaled_dot_product_attention on (B, L, H, D), cuDNN first on Hopper."""
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    if attn_mask is None and _prefers_cudnn(query):
+    if attn_mask is None and prefers_cudnn(query):
         with sdpa_kernel(_HOPPER_ORDER, set_priority=True):
             return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, scale=scale).transpose(1, 2)
 
 
-def _prefers_cudnn(query: Tensor) -> bool:
+def prefers_cudnn(query: Tensor) -> bool:
     """Whether cuDNN has the fastest dense kernel: half precision on Hopper."""
     return (query.device.type == "cuda" and torch.version.hip is None
             and query.dtype in (torch.float16, torch.bfloat16)

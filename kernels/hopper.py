@@ -94,22 +94,23 @@ def launches(
     else:
         query = bulk_readable(query)
     constants = dict(
-        D=query.shape[3], DV=value.shape[3], WIDTH=plan.width, BN=blocks.key_block, STAGES=tuning.stages or plan.stages,
+        D=query.shape[3], DV=value.shape[3], WIDTH=plan.width, BN=blocks.key_block, STAGES=plan.stages,
         PERMUTED=permuted, PERSISTENT=persistent and runs_persistent(blocks, plan),
-        COORDINATE_COUNT=blocks.coordinates, ALWAYS=blocks.always is not None, OVERLAP=tuning.overlap,
+        COORDINATE_COUNT=blocks.coordinates, ALWAYS=blocks.always is not None,
         TILE=None if plan.box is None else plan.box[3:6])
     if plan.box is None:
         tiles = query.shape[0] * query.shape[2] * blocks.query_blocks
-        yield _arguments(query, key, value, blocks, plan, scale, out, lse), constants, tiles
+        yield _arguments(query, key, value, blocks, plan, scale, out, lse, tuning), constants, tiles
         return
     for b in range(query.shape[0]):
         q, k, v, o, sums = (x[b : b + 1] for x in (query, key, value, out, lse))
-        yield (_arguments(q, k, v, blocks, plan.element(b), scale, o, sums), constants,
+        yield (_arguments(q, k, v, blocks, plan.element(b), scale, o, sums, tuning), constants,
                query.shape[2] * blocks.query_blocks)
 
 
 def _arguments(
-    query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, plan: Plan, scale: float, out: Tensor, lse: Tensor
+    query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, plan: Plan, scale: float, out: Tensor, lse: Tensor,
+    tuning: Tuning,
 ) -> list[Any]:
     """Positional arguments of `attention_kernel`."""
     B, Lq, H, _ = query.shape
@@ -134,7 +135,8 @@ def _arguments(
     index_strides, flag_strides = ((0, 0) if x is None else _broadcast_strides(x)[:2] for x in (index, plan.flags))
     return [
         queries, keys, values, outputs, lse, plan.lists, plan.whole, plan.boundary, plan.exempt,
-        launch_order(plan.whole + plan.boundary, B, H), index, blocks.key_lengths, plan.flags,
+        launch_order(plan.whole + plan.boundary, B, H, longest_first=tuning.longest_first), index,
+        blocks.key_lengths, plan.flags,
         blocks.key_coordinates, blocks.query_low, blocks.query_high, *query.stride()[:3],
         *_broadcast_strides(plan.lists)[:3], *_broadcast_strides(plan.whole), *index_strides, *flag_strides,
         *boxes, *grid, H, Lq, blocks.query_blocks, blocks.query_blocks * QUERY_BLOCK,

@@ -75,26 +75,9 @@ def _softmax(score, top, scale_log2, TESTED: gl.constexpr):
 
 
 @gluon.jit
-def _pinned(x, TESTED: gl.constexpr):
-    """x itself, and all that it is made of is computed before what follows.
-
-    The assembler moves arithmetic past a wait for matrix products, so that most of the softmax would run after the
-    output is there instead of under it; past a barrier of the warp it moves none. In the loop of boundary blocks that
-    does not hold, and a jump must stand between: around a fence, for a number that no sum of weights is.
-    """
-    if TESTED:
-        return gl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.eq.f32 p, $1, 0fFF800000; @p fence.proxy.async.shared::cta; mov.f32 $0, $1; }",
-            "=f,f", [x], dtype=gl.float32, is_pure=False, pack=1)
-    else:
-        return gl.inline_asm_elementwise("{ bar.warp.sync -1; mov.f32 $0, $1; }", "=f,f", [x], dtype=gl.float32,
-                                         is_pure=False, pack=1)
-
-
-@gluon.jit
 def _step(query, weight, acc, top, total, memory, turn, scale_log2, block, i, n_real, n_exempt, slot, tests,
           TESTED: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, COORDINATE_COUNT: gl.constexpr,
-          ALWAYS: gl.constexpr, OVERLAP: gl.constexpr):
+          ALWAYS: gl.constexpr):
     """Scores and softmax of the block at this turn, output of the block before it.
 
     The order is what keeps the matrix unit busy: the scores are started, then the output, and the softmax runs under
@@ -122,8 +105,6 @@ def _step(query, weight, acc, top, total, memory, turn, scale_log2, block, i, n_
     fresh, shrink, top = _softmax(score, top, scale_log2, TESTED)
     total = total * shrink + gl.sum(fresh, 1)
     if not TESTED or COORDINATE_COUNT == 0:
-        if OVERLAP:
-            total = _pinned(total, TESTED)
         acc = warpgroup_mma_wait(0, deps=[output])
         mbarrier.arrive(v_free.index(last), count=1)
     acc = acc * gl.expand_dims(gl.convert_layout(shrink, O_ROWS), 1)
@@ -133,7 +114,7 @@ def _step(query, weight, acc, top, total, memory, turn, scale_log2, block, i, n_
 @gluon.jit
 def _attend(query, memory, p_list, n_whole, n_real, n_exempt, slot, tests, turn, scale_log2,
             BN: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr, COORDINATE_COUNT: gl.constexpr,
-            ALWAYS: gl.constexpr, OVERLAP: gl.constexpr):
+            ALWAYS: gl.constexpr):
     """64 queries in shared memory against the listed blocks, as they arrive in the rings from `turn` on.
 
     Returns:
@@ -159,15 +140,14 @@ def _attend(query, memory, p_list, n_whole, n_real, n_exempt, slot, tests, turn,
     acc = gl.zeros([ROWS, WIDTH], gl.float32, O_LAYOUT)
     for i in range(1, n_whole):
         weight, acc, top, total = _step(query, weight, acc, top, total, memory, turn + i, scale_log2, 0, i, n_real,
-                                        n_exempt, slot, tests, False, BN, STAGES, COORDINATE_COUNT, ALWAYS,
-                                        OVERLAP)
+                                        n_exempt, slot, tests, False, BN, STAGES, COORDINATE_COUNT, ALWAYS)
     # Between the loops the weights pass through whole registers: carried through both loops as values of 16 bits, they
     # would be put together by byte shuffles in every step.
     weight = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [weight], dtype=weight.dtype, is_pure=True, pack=2)
     for i in range(gl.maximum(n_whole, 1), n_real):
         weight, acc, top, total = _step(query, weight, acc, top, total, memory, turn + i, scale_log2,
                                         gl.load(p_list + i), i, n_real, n_exempt, slot, tests, True, BN, STAGES,
-                                        COORDINATE_COUNT, ALWAYS, OVERLAP)
+                                        COORDINATE_COUNT, ALWAYS)
     turn += gl.maximum(n_real, 1) - 1
     last = turn % STAGES
     mbarrier.wait(v_ready.index(last), turn // STAGES & 1)
@@ -181,8 +161,8 @@ def _attend(query, memory, p_list, n_whole, n_real, n_exempt, slot, tests, turn,
 def _consume_tile(Q, OUT, OUT_BOXES, LSE, memory, lists, strides, EXEMPT, QUERY_INDEX, tests, query_strides,
                   index_strides, flag_strides, box, H, Lq, NQ, scale_log2, tile, turn, round, j: gl.constexpr,
                   D: gl.constexpr, DV: gl.constexpr, PERMUTED: gl.constexpr, PERSISTENT: gl.constexpr,
-                  TILE: gl.constexpr, COORDINATE_COUNT: gl.constexpr, ALWAYS: gl.constexpr, OVERLAP: gl.constexpr,
-                  BN: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr):
+                  TILE: gl.constexpr, COORDINATE_COUNT: gl.constexpr, ALWAYS: gl.constexpr, BN: gl.constexpr,
+                  WIDTH: gl.constexpr, STAGES: gl.constexpr):
     """64 queries of one tile, from reading them to writing out and LSE; returns the turn of the rings after it."""
     # Rows in pieces of 16 bytes, for queries and outputs that go through an index.
     LINES: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
@@ -213,7 +193,7 @@ def _consume_tile(Q, OUT, OUT_BOXES, LSE, memory, lists, strides, EXEMPT, QUERY_
         mbarrier.wait(q_ready.index(j), round & 1)
 
     acc, total, top = _attend(query, memory, p_list, n_whole, n_real, n_exempt, slot, tests, turn, scale_log2,
-                              BN, WIDTH, STAGES, COORDINATE_COUNT, ALWAYS, OVERLAP)
+                              BN, WIDTH, STAGES, COORDINATE_COUNT, ALWAYS)
 
     # One reciprocal per row: a division per element costs more than a block. Queries without a key give 0 and -inf.
     empty = total == 0.0
@@ -248,8 +228,8 @@ def _consume_tile(Q, OUT, OUT_BOXES, LSE, memory, lists, strides, EXEMPT, QUERY_
 def _consume(Q, OUT, OUT_BOXES, LSE, memory, lists, strides, EXEMPT, QUERY_INDEX, tests, query_strides,
              index_strides, flag_strides, box, H, Lq, NQ, tiles, scale_log2, j: gl.constexpr,
              D: gl.constexpr, DV: gl.constexpr, PERMUTED: gl.constexpr, PERSISTENT: gl.constexpr,
-             TILE: gl.constexpr, COORDINATE_COUNT: gl.constexpr, ALWAYS: gl.constexpr, OVERLAP: gl.constexpr,
-             BN: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr):
+             TILE: gl.constexpr, COORDINATE_COUNT: gl.constexpr, ALWAYS: gl.constexpr, BN: gl.constexpr,
+             WIDTH: gl.constexpr, STAGES: gl.constexpr):
     """Consumer group j: its half of the queries of each tile."""
     if PERSISTENT:
         turn = 0
@@ -257,13 +237,13 @@ def _consume(Q, OUT, OUT_BOXES, LSE, memory, lists, strides, EXEMPT, QUERY_INDEX
         for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
             turn = _consume_tile(Q, OUT, OUT_BOXES, LSE, memory, lists, strides, EXEMPT, QUERY_INDEX, tests,
                                  query_strides, index_strides, flag_strides, box, H, Lq, NQ, scale_log2, tile, turn,
-                                 round, j, D, DV, PERMUTED, PERSISTENT, TILE, COORDINATE_COUNT, ALWAYS, OVERLAP,
-                                 BN, WIDTH, STAGES)
+                                 round, j, D, DV, PERMUTED, PERSISTENT, TILE, COORDINATE_COUNT, ALWAYS, BN,
+                                 WIDTH, STAGES)
             round += 1
     else:
         _consume_tile(Q, OUT, OUT_BOXES, LSE, memory, lists, strides, EXEMPT, QUERY_INDEX, tests, query_strides,
                       index_strides, flag_strides, box, H, Lq, NQ, scale_log2, gl.program_id(0), 0, 0, j,
-                      D, DV, PERMUTED, PERSISTENT, TILE, COORDINATE_COUNT, ALWAYS, OVERLAP, BN, WIDTH, STAGES)
+                      D, DV, PERMUTED, PERSISTENT, TILE, COORDINATE_COUNT, ALWAYS, BN, WIDTH, STAGES)
 
 
 # A new size must not mean a new compile: of the steps only those matter that vector loads are aligned by, and what is
@@ -280,7 +260,7 @@ def attention_kernel(
     H, Lq, NQ, query_slots, key_slots, tiles, scale_log2,
     D: gl.constexpr, DV: gl.constexpr, WIDTH: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
     PERMUTED: gl.constexpr, PERSISTENT: gl.constexpr, COORDINATE_COUNT: gl.constexpr, ALWAYS: gl.constexpr,
-    OVERLAP: gl.constexpr, TILE: gl.constexpr,
+    TILE: gl.constexpr,
 ):
     """Tiles of 128 queries of one head against the key blocks that their lists name.
 
@@ -294,7 +274,7 @@ def attention_kernel(
     Then Q_BOXES ... OUT_BOXES are descriptors of the video tokens of one batch element, (frames, rows, columns, H, D),
     the plain ones describe its text tokens (None: no text), frames, height and width are the grid's, video_start and
     text_start the first tokens of video and text, text how many those are. Where the grid's ends cut tiles, FLAGS says
-    which of their slots are real. OVERLAP: keep the softmax of a block under the output of the one before.
+    which of their slots are real.
     """
     layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     dtype: gl.constexpr = K.dtype if TILE is None else K_BOXES.dtype
@@ -328,9 +308,9 @@ def attention_kernel(
     gl.warp_specialize([
         (_consume, (Q, OUT, OUT_BOXES, LSE, memory, lists, strides, EXEMPT, QUERY_INDEX, tests, query_strides,
                     index_strides, flag_strides, box, H, Lq, NQ, tiles, scale_log2, 0,
-                    D, DV, PERMUTED, PERSISTENT, TILE, COORDINATE_COUNT, ALWAYS, OVERLAP, BN, WIDTH, STAGES)),
+                    D, DV, PERMUTED, PERSISTENT, TILE, COORDINATE_COUNT, ALWAYS, BN, WIDTH, STAGES)),
         (_consume, (Q, OUT, OUT_BOXES, LSE, memory, lists, strides, EXEMPT, QUERY_INDEX, tests, query_strides,
                     index_strides, flag_strides, box, H, Lq, NQ, tiles, scale_log2, 1,
-                    D, DV, PERMUTED, PERSISTENT, TILE, COORDINATE_COUNT, ALWAYS, OVERLAP, BN, WIDTH, STAGES)),
+                    D, DV, PERMUTED, PERSISTENT, TILE, COORDINATE_COUNT, ALWAYS, BN, WIDTH, STAGES)),
         (produce, (copies, memory, lists, strides, box, H, NQ, tiles, PERMUTED, PERSISTENT, TILE, BN, WIDTH, STAGES)),
     ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])

@@ -19,10 +19,6 @@ from .blocks import Blocks
 QUERY_BLOCK = 128
 KEY_BLOCKS = (64, 128)
 MAX_HEAD_DIM = 128
-# Whether `Tuning.overlap` is on unless asked for. Without it the assembler (ptxas 12.8) puts the wait for the output of
-# a block before all but 31 of the 300 instructions of the next block's softmax; with it every call was slower all the
-# same, by 1 to 3 % in raster order and up to 10 % with tiles (H200, bf16, November 2026).
-OVERLAP = False
 
 
 @torch.compiler.assume_constant_result  # what a compiler traces ends here
@@ -91,14 +87,12 @@ class Tuning:
         persistent: one program per multiprocessor takes every n-th tile, instead of one program per tile; raster
             order without a window only, as the others would spill registers. None: as `prefers_persistent` says.
         ragged_boxes: copy tiles that the grid cuts straight from the activations as well.
-        overlap: hold the assembler to running the softmax under the matrix products.
-        stages: blocks of keys, and of values, in flight; None: as many as `make_plan` says.
+        longest_first: start the longest lists first; False: in the order of heads and blocks, to see what it gains.
     """
 
     persistent: bool | None = None
     ragged_boxes: bool = False
-    overlap: bool = OVERLAP
-    stages: int | None = None
+    longest_first: bool = True
 
 
 @dataclass(frozen=True)

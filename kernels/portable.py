@@ -252,7 +252,7 @@ def describe(x: Tensor, rows: int, width: int) -> TensorDescriptor:
     return TensorDescriptor(x, [B, H, L, D], [b, h, n, 1], [1, 1, rows, width])
 
 
-def launch_order(counts: Tensor, batch: int, heads: int) -> Tensor:
+def launch_order(counts: Tensor, batch: int, heads: int, *, longest_first: bool = True) -> Tensor:
     """int32 (B * H * nq,): query blocks in launch order.
 
     Those with at least twice the mean work come first, longest first, so that none of them is left over at the end;
@@ -260,7 +260,10 @@ def launch_order(counts: Tensor, batch: int, heads: int) -> Tensor:
 
     Args:
         counts: int32 (B|1, H|1, nq), listed blocks.
+        longest_first: False keeps the order of heads and blocks for all.
     """
+    if not longest_first:
+        return torch.arange(batch * heads * counts.shape[2], dtype=torch.int32, device=counts.device)
     counts = counts.expand(batch, heads, -1).flatten().to(torch.float32)
     ratio = (counts / counts.mean().clamp(min=1e-6)).to(torch.int32).clamp(min=1)
     return ratio.sort(descending=True, stable=True).indices.to(torch.int32)

@@ -1,10 +1,11 @@
-"""`dit-sparse bench kernels | routing | step`: dense and sparse side by side on this machine."""
+"""`dit-sparse bench kernels | routing | step | ladder`: dense and sparse side by side on this machine."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import os
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,11 +20,12 @@ CPU = {"tokens": 4096, "heads": 4, "head_dim": 64, "dtype": "fp32", "block_size"
 CUDA = {"tokens": 32768, "heads": 12, "head_dim": 128, "dtype": "bf16", "block_size": 128}
 
 
-TOPICS = ("kernels", "routing", "step")
+TOPICS = ("kernels", "routing", "step", "ladder")
 OPTIONS = {  # which options a topic takes, beside --density, --device, --seconds and --json
     "kernels": ("tokens", "heads", "head_dim", "dtype", "block_size", "backend"),
     "routing": ("heads", "head_dim", "dtype", "grid", "methods"),
-    "step": ("dtype", "backend", "models", "methods"),
+    "step": ("dtype", "backend", "models", "methods", "fp8", "profile"),
+    "ladder": ("heads", "head_dim", "dtype", "grid", "out"),
 }
 
 
@@ -59,7 +61,7 @@ def bench(
     if options.get("backend") not in (None, *names):
         raise UserError(f"--backend {options['backend']!r} is unknown; use one of {', '.join(names)}")
     given = {name: value for name, value in options.items() if value is not None}
-    measure = {"kernels": _kernels, "routing": _routing, "step": _step}[what]
+    measure = {"kernels": _kernels, "routing": _routing, "step": _step, "ladder": _ladder}[what]
     with refusing(ValueError, RuntimeError), progress("measuring") as update:
         rows, columns, notes, more = measure(given, densities, device, seconds, update)
     where = environment(device)
@@ -154,12 +156,14 @@ def _step(
     known = step_speed.GEOMETRIES
     if unknown := [name for name in models if name not in known]:
         raise UserError(f"--model {unknown[0]!r} is unknown; use one of {', '.join(known)}")
-    if why := step_speed.needs_gpu(models, device):
+    fp8 = given.get("fp8") or []
+    if why := step_speed.needs_gpu(models, device) or step_speed.fp8_missing(fp8, device):
         raise UserError(why)
     methods = _known_methods(given.get("methods")) or ["svg", "rainfusion2", "radial"]
     check_backend(given.get("backend"), device)
     rows: list[Any] = []
-    expected, done = len(models) * len(densities or [0.2]) * (1 + len(methods)), itertools.count(1)
+    variants = len(step_speed.variants(methods, fp8))
+    expected, done = len(models) * len(densities or [0.2]) * variants, itertools.count(1)
     for name in models:
         for density in densities or [0.2]:
             rows += step_speed.bench_step(
@@ -171,9 +175,46 @@ def _step(
                 compiled=cuda,
                 backend=given.get("backend"),
                 seconds=seconds,
+                fp8=fp8,
+                profiled=bool(given.get("profile")),
                 on_row=lambda _row: update(next(done), expected),
             )
-    return rows, step_speed.COLUMNS, step_speed.note(rows), {}
+    profiles = [line for row in rows for line in row.profile_lines]
+    return rows, step_speed.COLUMNS, "\n".join([step_speed.note(rows), *profiles]), {}
+
+
+def _ladder(
+    given: dict[str, Any], densities: list[float] | None, device: str, seconds: float, update: Update
+) -> Measured:
+    from ..eval import ladder
+    from ..grid import TokenGrid
+
+    cuda = _cuda(device)
+    grid = TokenGrid.parse(given.get("grid") or ("21x45x80" if cuda else "3x18x20"))
+    shape = {
+        "heads": given.get("heads", 40 if cuda else 2),
+        "head_dim": given.get("head_dim", 128 if cuda else 64),
+        "dtype": given.get("dtype", "bf16" if cuda else "fp32"),
+    }
+    if len(densities or ()) > 1:
+        raise UserError("--density: bench ladder takes one")
+    if grid.tokens > MAX_TOKENS:
+        raise UserError(f"--grid {given.get('grid')} has {grid.tokens} tokens; the limit is {MAX_TOKENS}")
+    _check_memory("--grid", grid.tokens, shape, device)
+    density, failed = (densities or [0.25])[0], dict[str, str]()
+    rounds = max(2, round(30 * seconds))
+    rows = ladder.bench_ladder(
+        grid, density=density, device=device, rounds=rounds, on_failure=failed.setdefault, **shape
+    )
+    title, footer = ladder.titles(grid, density=density, device=device, **shape)
+    notes = [f"{title}: random activations and lists; the rungs take turns."]
+    notes += [f"Not measured: {name}, {reason}." for name, reason in failed.items()]
+    if out := given.get("out"):
+        written = ladder.write(rows, pathlib.Path(out), title, footer)
+        notes += [f"Written: {path}" for path in written]
+        if not any(path.suffix == ".png" for path in written):
+            notes.append("No picture: matplotlib is missing (pip install 'dit-sparse[eval]').")
+    return rows, ladder.COLUMNS, "\n".join(notes), {"not_measured": failed}
 
 
 def _check_memory(flag: str, tokens: int, shape: dict[str, Any], device: str) -> None:

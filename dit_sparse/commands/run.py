@@ -53,7 +53,7 @@ def check_backend(backend: str | None, device: str | None) -> None:
 
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     some = torch.zeros(1, 128, 1, 64, device=place, dtype=torch.bfloat16 if place.type == "cuda" else torch.float32)
-    layout = BlockLayout.raster(128, 64, place)
+    layout = BlockLayout.raster(128, 128, place)  # blocks that every kernel takes
     keep = torch.ones(1, 1, layout.blocks, layout.blocks, dtype=torch.bool, device=place)
     reasons = can_run(backend, some, some, some, BlockMask.from_dense(keep, layout, layout))
     if reasons:

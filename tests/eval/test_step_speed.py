@@ -61,7 +61,9 @@ def test_geometries_are_what_diffusers_builds(name: str) -> None:
         patch = model.config.patch_size
         patch = tuple(patch) if not isinstance(patch, int) else (model.config.patch_size_t, patch, patch)
         video = 1
-        for size, cut in zip(hidden.shape[2:], patch, strict=True):
+        frames_first = geometry.cls == "CogVideoXTransformer3DModel"
+        sizes = (hidden.shape[1], *hidden.shape[3:]) if frames_first else hidden.shape[2:]
+        for size, cut in zip(sizes, patch, strict=True):
             video *= size // cut
         joint = geometry.cls != "WanTransformer3DModel"
         text = inputs["encoder_hidden_states"].shape[1] if joint else 0
@@ -99,6 +101,7 @@ def test_a_call_that_cannot_run_sparse_raises(monkeypatch: pytest.MonkeyPatch) -
     (["--density", "0"], "(0, 1]"), (["--method", "magic"], "radial"), (["--method", "dense"], "radial"),
     (["--backend", "magic"], "cpu"), (["--device", "cuda:99"], "is not there"),
     (["--device", "cpu", "--model", "wan-14b-720p"], "needs a GPU"),
+    (["--device", "cpu", "--fp8", "both"], "--fp8 cannot run here"), (["--fp8", "all"], "linear"),
 ])
 def test_misuse_is_told_before_anything_is_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, words: list[str], expected: str
@@ -115,3 +118,31 @@ def test_the_folder_of_the_results_is_made(monkeypatch: pytest.MonkeyPatch, tmp_
     out = tmp_path / "new" / "step.json"
     assert step_speed.main(["--device", "cpu", "--method", "svg", "--out", str(out)]) == 0
     assert [row["what"] for row in json.loads(out.read_text())["rows"]] == ["dense", "svg"]
+
+
+def test_rungs_in_8_bit_floats_are_timed_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple] = []
+
+    def timed(_geometry, counts, proc, device, dtype, compiled, seconds, linear8, look):
+        seen.append((proc and (proc.method.name, proc.settings.backend), linear8, look))
+        return step_speed._Timed(1.0 + 2.0 * counts["layers"], 10.0 if proc is None else 10.4)
+
+    monkeypatch.setattr(step_speed, "_time_model", timed)
+    model = Geometry("one", "", "", {"layers": 10}, lambda *_: {}, 1)
+    rows = bench_step(model, ["radial"], device="cpu", fp8=["linear", "both"], profiled=True)
+    assert [row.what for row in rows] == ["dense", "dense, fp8 linear", "radial", "radial, fp8 linear",
+                                          "radial, fp8 both"]
+    assert seen[::2] == [(None, False, False), (None, True, False), (("radial", None), False, False),
+                         (("radial", None), True, False), (("radial", "fp8"), True, False)]
+    assert all(look for *_, look in seen[1::2])
+    assert rows[0].cells()[-1] == "+0.0 %" and rows[2].cells()[-1] == "+4.0 %"
+
+
+def test_8_bit_layers_and_the_profile_of_a_real_model() -> None:
+    rows = bench_step(tiny_wan(), ["radial"], density=0.5, device="cpu", dtype="bf16", compiled=False, seconds=0.01,
+                      fp8=["linear"], profiled=True)
+    assert [row.what for row in rows][2:] == ["radial", "radial, fp8 linear"]
+    for row in rows:
+        assert row.profile["num_layers"]["self-attention"] > 0 and row.profile["num_layers"]["matrix products"] > 0
+        assert "3 layers: " in row.profile_lines[0] and row.above_dense is None and row.cells()[-1] == ""
+    assert rows[2].profile["num_layers"]["plan and checks"] > 0

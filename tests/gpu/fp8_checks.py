@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,6 @@ from dit_sparse import order
 from dit_sparse.blockmask import BlockLayout, BlockMask
 from dit_sparse.grid import TokenGrid
 from dit_sparse.kernels import fp8, hopper_plan, quantise
-from dit_sparse.kernels.attention import dense_attention
 from dit_sparse.kernels.blocks import Blocks
 from dit_sparse.kernels.reference import attention_reference
 from tests.gpu.checks import poisoned
@@ -37,35 +37,37 @@ CASES = [dataclasses.replace(FITS, **changes) for changes in (  # type: ignore[a
 )]
 
 
-def quantised_of(inputs: Inputs, blocks: Blocks) -> tuple[quantise.Quantised, hopper_plan.Plan]:
-    """The e4m3 numbers of a call by the kernels, and its plan."""
+def quantised_of(inputs: Inputs, blocks: Blocks, scores: str) -> tuple[quantise.Quantised, hopper_plan.Plan]:
+    """The 8-bit numbers of a call by the kernels, and its plan."""
     plan = fp8.fp8_plan(blocks, inputs.key.shape[1], inputs.query.shape[3], inputs.value.shape[3])
-    return quantise.quantise(inputs.query, inputs.key, inputs.value, blocks, inputs.scale, plan.key_ok), plan
+    return quantise.quantise(inputs.query, inputs.key, inputs.value, blocks, inputs.scale, plan.key_ok, scores), plan
 
 
-def accuracy(inputs: Inputs, stages: int = fp8.STAGES, fresh: bool = True) -> str:
+def accuracy(inputs: Inputs, scores: str, stages: int = fp8.STAGES, fresh: bool = True) -> str:
     """The kernel keeps both accuracy rules, with NaN in all fresh memory."""
     blocks = Blocks.from_mask(inputs.mask, inputs.key_mask)
     with poisoned():
-        quantised, plan = quantised_of(inputs, blocks)
+        quantised, plan = quantised_of(inputs, blocks, scores)
         out, lse = fp8.attend(quantised, blocks, plan, inputs.scale, inputs.query.shape[1], inputs.query.dtype,
                               stages=stages, fresh=fresh)
-        entry = fp8.block_sparse_attention_fp8(inputs.query, inputs.key, inputs.value, blocks, inputs.scale)
+        entry = fp8.block_sparse_attention_fp8(inputs.query, inputs.key, inputs.value, blocks, inputs.scale,
+                                               scores=scores)
     if fresh and stages == fp8.STAGES and not (torch.equal(out, entry[0]) and torch.equal(lse, entry[1])):
         return "the entry point computes something else"
     return kernel_problem(inputs, out, lse, quantised) or formula_problem(inputs, lse, quantised)
 
 
-def quantising(case: Case) -> str:
+def quantising(case: Case, scores: str) -> str:
     """The quantising kernels give the bits of the twin for the mean that they found."""
     inputs = build(case, "cuda")
     blocks = Blocks.from_mask(inputs.mask, inputs.key_mask)
     with poisoned():
-        got, _ = quantised_of(inputs, blocks)
+        got, _ = quantised_of(inputs, blocks, scores)
         mean = quantise._statistics(inputs.key, inputs.value, blocks.key_mask, torch.empty_like(got.value_scale))
     if not torch.allclose(mean, quantise.key_mean(inputs.key, blocks.key_mask), rtol=1e-4, atol=1e-5):
         return "the mean of the keys is wrong"
-    want = quantise.quantise_reference(inputs.query, inputs.key, inputs.value, blocks, inputs.scale, mean)
+    want = quantise.quantise_reference(inputs.query, inputs.key, inputs.value, blocks, inputs.scale, mean,
+                                      scores)
     found = []
     for field in dataclasses.fields(quantise.Quantised):
         x, y = (getattr(made, field.name) for made in (got, want))
@@ -91,7 +93,7 @@ def first_difference(got: torch.Tensor, want: torch.Tensor) -> str:
             f"{len((places[:, -1] % 128).unique())}; at {first} {float(got[first]):.5g} for {float(want[first]):.5g}")
 
 
-def noise(kind: str, fresh: bool = True) -> str:
+def noise(kind: str, scores: str, fresh: bool = True) -> str:
     """Error and cosine on noise of 8,192 tokens: white, keys with a large mean, or outlier channels."""
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 1, 8192, 2, 128, device="cuda").unbind(0)
@@ -103,12 +105,12 @@ def noise(kind: str, fresh: bool = True) -> str:
     layout = BlockLayout.raster(8192, 128, "cuda")
     inputs = Inputs(query, key, value, BlockMask.full(layout, layout), None, 128**-0.5)
     blocks = Blocks.from_mask(inputs.mask)
-    quantised, plan = quantised_of(inputs, blocks)
+    quantised, plan = quantised_of(inputs, blocks, scores)
     out, _ = fp8.attend(quantised, blocks, plan, inputs.scale, 8192, BF16, fresh=fresh)
     want, _ = attention_reference(query, key, value)
     # Channel by channel, or the largest would hide all others; 512 queries are enough to see the error.
     rows = slice(-512, None)
-    expected = rounding_noise(query[:, rows], key, value, inputs.scale)
+    expected = rounding_noise(query[:, rows], key, value, inputs.scale, scores)
     found = []
     for name, channels in (("first", slice(0, 7)), ("outlier", slice(7, 8)), ("last", slice(8, None))):
         error, cosine = noise_figures(out[:, rows, :, channels], want[:, rows, :, channels])
@@ -118,17 +120,35 @@ def noise(kind: str, fresh: bool = True) -> str:
     return "; ".join(found)
 
 
-def tiles(sizes: tuple[int, int, int], text: int) -> str:
+def tiles(sizes: tuple[int, int, int], text: int, scores: str) -> str:
     """Tiles of 4 x 4 x 8 tokens of a grid, ragged or not, with text."""
     grid = TokenGrid(*sizes, text=text, text_at="back" if text else "none")
     positions, lengths = order.tile(grid, (4, 4, 8))
     layout = order.layout(grid, positions, 128, lengths=lengths, tile_shape=(4, 4, 8), device="cuda")
     keep = torch.rand(1, 3, layout.blocks, layout.blocks, generator=torch.Generator().manual_seed(0)).to("cuda") < 0.4
     query, key, value = (torch.randn(2, grid.tokens, 3, 128, device="cuda", dtype=BF16) for _ in range(3))
-    return accuracy(Inputs(query, key, value, BlockMask.from_dense(keep, layout, layout), None, 128**-0.5))
+    return accuracy(Inputs(query, key, value, BlockMask.from_dense(keep, layout, layout), None, 128**-0.5), scores)
 
 
-def never_waits_and_repeats() -> str:
+def not_finite(scores: str) -> str:
+    """What a model did wrong is seen: where a query, a key or a value is infinite or NaN, outputs are not finite."""
+    found = []
+    for name, number in itertools.product(("query", "key", "value"), (math.inf, math.nan)):
+        inputs = build(dataclasses.replace(FITS, heads=2), "cuda")
+        getattr(inputs, name)[0, 60, 1, 5] = number
+        out, _ = fp8.block_sparse_attention_fp8(inputs.query, inputs.key, inputs.value,
+                                                Blocks.from_mask(inputs.mask), inputs.scale, scores=scores)
+        # The first block of queries sees all keys.
+        rows = slice(60, 61) if name == "query" else slice(0, 128)
+        channels = slice(5, 6) if name == "value" else slice(None)
+        if not torch.isfinite(out[:, :, 0]).all():
+            found.append(f"{number} in a {name} spoils another head")
+        if torch.isfinite(out[:, rows, 1, channels]).any():
+            found.append(f"{number} in a {name} is hidden")
+    return "; ".join(found)
+
+
+def never_waits_and_repeats(scores: str) -> str:
     """No call waits for the device, and repeated calls give equal bits."""
     for case in (FITS, dataclasses.replace(FITS, order="heads", masked=True, batch=2)):
         inputs = build(case, "cuda")
@@ -137,7 +157,8 @@ def never_waits_and_repeats() -> str:
         for i in range(20):  # the first call compiles
             torch.cuda.set_sync_debug_mode("error" if i else "default")
             try:
-                now = fp8.block_sparse_attention_fp8(inputs.query, inputs.key, inputs.value, blocks, inputs.scale)
+                now = fp8.block_sparse_attention_fp8(inputs.query, inputs.key, inputs.value, blocks, inputs.scale,
+                                                     scores=scores)
             except RuntimeError as error:
                 return f"{case.name}: {str(error).splitlines()[0]}"
             finally:
@@ -148,14 +169,14 @@ def never_waits_and_repeats() -> str:
     return ""
 
 
-def addresses_beyond_32_bits() -> str:
+def addresses_beyond_32_bits(scores: str) -> str:
     """Activations of more than 2^31 elements: the last head of the last tokens is right."""
     tokens, heads, dim = 75_600, 240, 128
     query, key, value = (torch.randn(1, tokens, heads, dim, device="cuda", dtype=BF16) for _ in range(3))
     layout = BlockLayout.raster(tokens, 128, "cuda")
     block = torch.arange(layout.blocks, device="cuda")
     mask = BlockMask.from_dense((block[:, None] - block).abs() <= 1, layout, layout)
-    out, _ = fp8.block_sparse_attention_fp8(query, key, value, Blocks.from_mask(mask), dim**-0.5)
+    out, _ = fp8.block_sparse_attention_fp8(query, key, value, Blocks.from_mask(mask), dim**-0.5, scores=scores)
     last = tokens // 128 * 128
     want, _ = attention_reference(query[:, last:, -1:], key[:, last - 128 :, -1:], value[:, last - 128 :, -1:])
     error, _ = noise_figures(out[:, last:, -1:], want)
@@ -167,72 +188,89 @@ def all_checks() -> dict[str, Callable[[], str]]:
     if hopper_plan.missing():
         return {}
     found: dict[str, Callable[[], str]] = {}
-    for case in CASES:
-        found[f"quantising {case.name}"] = partial(quantising, case)
-        found[f"attention {case.name}"] = lambda case=case: accuracy(build(case, "cuda"))  # type: ignore[misc]
-    for options in (dict(stages=2), dict(fresh=False)):
-        found[f"attention {options}"] = lambda options=options: accuracy(  # type: ignore[misc]
-            build(FITS, "cuda"), **options)
-    for kind in ("white", "large mean", "outliers"):
-        found[f"noise {kind}"] = partial(noise, kind)
-    for sizes, text in (((8, 8, 16), 0), ((5, 11, 13), 77)):
-        found[f"tiles {sizes} text {text}"] = partial(tiles, sizes, text)
-    for check in (never_waits_and_repeats, addresses_beyond_32_bits):
-        found[check.__name__.replace("_", " ")] = check
+    for scores in quantise.SCORES:
+        for case in CASES:
+            found[f"{scores} quantising {case.name}"] = partial(quantising, case, scores)
+            found[f"{scores} attention {case.name}"] = partial(_built_accuracy, case, scores)
+        for options in (dict(stages=2), dict(fresh=False)):
+            found[f"{scores} attention {options}"] = partial(_built_accuracy, FITS, scores, **options)
+        for kind in ("white", "large mean", "outliers"):
+            found[f"{scores} noise {kind}"] = partial(noise, kind, scores)
+        for sizes, text in (((8, 8, 16), 0), ((5, 11, 13), 77)):
+            found[f"{scores} tiles {sizes} text {text}"] = partial(tiles, sizes, text, scores)
+        for check in (not_finite, never_waits_and_repeats, addresses_beyond_32_bits):
+            found[f"{scores} {check.__name__.replace('_', ' ')}"] = partial(check, scores)
     return found
 
 
-def speeds(log: Callable[[str], None], tokens: int = 75_600, heads: int = 12) -> list[dict[str, Any]]:
-    """Times fp8 beside bf16 on Hopper: attention alone, quantising alone, both; rates over the pairs computed.
+def _built_accuracy(case: Case, scores: str, **options: Any) -> str:
+    return accuracy(build(case, "cuda"), scores, **options)
+
+
+def speeds(log: Callable[[str], None], tokens: int = 75_600, heads: Sequence[int] = (12, 40)) -> list[dict[str, Any]]:
+    """Times 8-bit attention beside bf16 on Hopper, taking turns: attention alone, with quantising, quantising alone.
 
     Args:
         log: takes every line.
-        tokens, heads: the shape, head dim 128, batch 1.
+        tokens: of one head, head dim 128, batch 1.
+        heads: how many, one table each.
 
     Returns:
-        One dictionary a row: what, milliseconds, TFLOP/s of attention or GB/s of quantising.
+        One dictionary a row: heads, what, milliseconds, TFLOP/s over the pairs computed or GB/s of quantising.
     """
-    from dit_sparse.eval.speed import median_ms, random_keep
-
     if why := hopper_plan.missing():
         log(f"speeds of fp8 left out: {why}")
         return []
+    rows: list[dict[str, Any]] = []
+    for count in heads:
+        rows += _speeds_of(log, tokens, count)
+        torch.cuda.empty_cache()
+    return rows
+
+
+def _speeds_of(log: Callable[[str], None], tokens: int, heads: int) -> list[dict[str, Any]]:
+    from dit_sparse.eval.speed import in_turn, random_keep
     from dit_sparse.kernels.hopper import block_sparse_attention_hopper
 
     torch.manual_seed(0)
     dim, scale = 128, 128**-0.5
     query, key, value = (torch.randn(1, tokens, heads, dim, device="cuda", dtype=BF16) for _ in range(3))
+    call = query, key, value
     layout = BlockLayout.raster(tokens, 128, "cuda")
-    time = partial(median_ms, device="cuda", seconds=0.25)
     rows: list[dict[str, Any]] = []
 
-    def row(what: str, call: Callable[[], Any], density: float = math.nan, moved: float = math.nan) -> None:
-        took = time(call)
-        rates = 4e-9 * heads * dim * tokens**2 * density / took, 1e-6 * moved / took
-        rows.append({"what": what, "ms": took, "tflops": rates[0], "gb_per_s": rates[1], "density": density})
-        log(f"{took:9.3f} ms  {rates[0]:7.0f} TFLOP/s  {rates[1]:7.0f} GB/s  {what}")
+    def measure(calls: dict[str, Callable[[], Any]], density: float = math.nan, moved: float = math.nan) -> None:
+        for what, took in in_turn(calls, "cuda").items():
+            rates = 4e-9 * heads * dim * tokens**2 * density / took, 1e-6 * moved / took
+            rows.append({"heads": heads, "what": what, "ms": took, "tflops": rates[0], "gb_per_s": rates[1],
+                         "density": density})
+            rate = f"{rates[0]:7.0f} TFLOP/s" if math.isnan(moved) else f"{rates[1]:7.0f} GB/s"
+            log(f"{took:9.3f} ms  {rate}  {what}")
 
-    log(f"fp8 at {tokens} tokens, {heads} heads of {dim}, activations in bf16")
-    row("dense, bf16", lambda: dense_attention(query, key, value), 1.0)
-    numbers = tokens * heads * dim
+    log(f"fp8 at {tokens} tokens, {heads} heads of {dim}, activations in bf16; calls of a table take turns")
     for density in (0.5, 0.25, 0.1):
         mask = BlockMask.from_dense(random_keep(heads, layout.blocks, layout.blocks, density, "cuda"), layout, layout)
         blocks = Blocks.from_mask(mask)
-        found = mask.density().item()
         plan = fp8.fp8_plan(blocks, tokens, dim, dim)
-        made = quantise.quantise(query, key, value, blocks, scale)
-        row(f"bf16 {density}", lambda b=blocks: block_sparse_attention_hopper(query, key, value, b, scale), found)
-        attend = partial(fp8.attend, made, blocks, plan, scale, tokens, BF16)
-        for name, options in (("", {}), (", 2 stages", {"stages": 2}), (", sums kept", {"fresh": False})):
-            row(f"fp8 {density}, quantised before{name}", partial(attend, **options), found)  # type: ignore[arg-type]
-        row(f"fp8 {density}, quantising included",
-            lambda b=blocks: fp8.block_sparse_attention_fp8(query, key, value, b, scale), found)
-    row("quantising", lambda: quantise.quantise(query, key, value, blocks, scale), moved=13 * numbers)
-    row("of which statistics", lambda: quantise._statistics(key, value, None, made.value_scale), moved=4 * numbers)
+        calls: dict[str, Callable[[], Any]] = {
+            f"{density} bf16": partial(block_sparse_attention_hopper, *call, blocks, scale)}
+        for scores in quantise.SCORES:
+            made = quantise.quantise(*call, blocks, scale, scores=scores)
+            attend = partial(fp8.attend, made, blocks, plan, scale, tokens, BF16)
+            calls[f"{density} {scores}, quantised before"] = attend
+            calls[f"{density} {scores}, quantised before, sums kept"] = partial(attend, fresh=False)
+            calls[f"{density} {scores}, quantising included"] = partial(
+                fp8.block_sparse_attention_fp8, *call, blocks, scale, scores=scores)
+        measure(calls, mask.density().item())
     permuted = BlockLayout.from_order(torch.randperm(tokens), 128).to("cuda")
     other = Blocks.from_mask(BlockMask.from_dense(
         random_keep(heads, layout.blocks, layout.blocks, 0.25, "cuda"), permuted, permuted))
-    row("quantising, random order", lambda: quantise.quantise(query, key, value, other, scale), moved=13 * numbers)
-    row("fp8 0.25, random order, quantising included",
-        lambda: fp8.block_sparse_attention_fp8(query, key, value, other, scale), 0.25)
+    numbers = tokens * heads * dim
+    measure({f"quantising, {scores}{name}": partial(quantise.quantise, *call, of, scale, scores=scores)
+             for scores in quantise.SCORES for name, of in (("", blocks), (", random order", other))},
+            moved=13 * numbers)
+    unused = torch.empty(1, heads, dim, device="cuda")
+    measure({"of which statistics": partial(quantise._statistics, key, value, None, unused)}, moved=4 * numbers)
+    measure({f"0.25 {scores}, random order, quantising included": partial(
+        fp8.block_sparse_attention_fp8, *call, other, scale, scores=scores) for scores in quantise.SCORES}, 0.25)
     return rows

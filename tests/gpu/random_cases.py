@@ -50,7 +50,6 @@ class Kind:
     masked: bool = False
     text: bool = False
     persistent: bool | None = None
-    overlap: bool = False
     portable: bool = False
     value_dim: int = 0
 
@@ -64,12 +63,12 @@ class Kind:
 
 # A number that 4 and 8 divide: parts of a run then compile kinds of their own.
 KINDS = [
-    Kind(persistent=False, portable=True), Kind(persistent=True, overlap=True), Kind(dtype=FP16, masked=True),
-    Kind(order="permuted", overlap=True, portable=True), Kind(order="heads", masked=True),
-    Kind(window=1, overlap=True), Kind(window=3, always=True, masked=True, order="permuted", portable=True),
-    Kind(dtype=FP16, head_dim=64, overlap=True), Kind(head_dim=64, order="permuted"), Kind(key_block=64, overlap=True),
-    Kind(dtype=FP16, head_dim=64, key_block=64, order="heads"), Kind(head_dim=96, value_dim=64, overlap=True),
-    Kind(order="boxes"), Kind(order="boxes", text=True, masked=True, overlap=True),
+    Kind(persistent=False, portable=True), Kind(persistent=True), Kind(dtype=FP16, masked=True),
+    Kind(order="permuted", portable=True), Kind(order="heads", masked=True),
+    Kind(window=1), Kind(window=3, always=True, masked=True, order="permuted", portable=True),
+    Kind(dtype=FP16, head_dim=64), Kind(head_dim=64, order="permuted"), Kind(key_block=64),
+    Kind(dtype=FP16, head_dim=64, key_block=64, order="heads"), Kind(head_dim=96, value_dim=64),
+    Kind(order="boxes"), Kind(order="boxes", text=True, masked=True),
     Kind(order="ragged boxes", text=True), Kind(order="tiles", text=True, portable=True),
 ]
 
@@ -240,7 +239,7 @@ Attend = Callable[[Drawn], tuple[Tensor, Tensor]]
 
 def tuning_of(kind: Kind) -> Tuning:
     """How the Hopper kernel computes the calls of a kind."""
-    return Tuning(persistent=kind.persistent, ragged_boxes=kind.order == "ragged boxes", overlap=kind.overlap)
+    return Tuning(persistent=kind.persistent, ragged_boxes=kind.order == "ragged boxes")
 
 
 def hopper(drawn: Drawn) -> tuple[Tensor, Tensor]:

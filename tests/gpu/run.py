@@ -1,4 +1,4 @@
-"""Everything that needs a GPU: checks, then speeds. Needs torch and triton only.
+"""Everything that needs a GPU: checks, then speeds. Needs torch and triton only; the models of `methods` Diffusers too.
 
     python tests/gpu/run.py --out DIR                                           # all of it, one after the other
     python tests/gpu/run.py --out DIR --only checks --kernel hopper --part 1/8  # beside it 2/8 ... 8/8
@@ -46,6 +46,9 @@ KERNELS = {
     "fp8": ("tests.gpu.fp8_checks", "tests.gpu.fp8_checks:speeds"),
     "gna": ("tests.gpu.gna_checks", ""),
     "soft": ("tests.gpu.soft_checks", "tests.gpu.soft_checks:costs"),
+    "skip": ("tests.gpu.skip_checks", "tests.gpu.skip_checks:costs"),
+    "methods": ("tests.gpu.method_checks", ""),
+    "linear8": ("tests.gpu.linear8_checks", "tests.gpu.linear8_checks:speeds"),
     "peers": ("", "tests.gpu.speeds:peers"),
 }
 STAGES = ("checks", "compile", "speeds", "random", "sanitizer")
@@ -109,7 +112,7 @@ def part_of(text: str) -> tuple[int, int]:
     return part, parts
 
 
-def checks_of(kernel: str | None) -> dict[str, Callable[[], str]]:
+def checks_of(kernel: str | None) -> dict[str, Callable[[], Any]]:
     """The checks of one kernel, or of all, by name."""
     found = {}
     for name in KERNELS if kernel is None else (kernel,):
@@ -118,8 +121,11 @@ def checks_of(kernel: str | None) -> dict[str, Callable[[], str]]:
     return found
 
 
-def run_checks(run: Run, checks: dict[str, Callable[[], str]], limit: float, stop: Callable[[], bool]) -> None:
-    """Runs checks; one that raises has failed, one that hangs ends the process."""
+def run_checks(run: Run, checks: dict[str, Callable[[], Any]], limit: float, stop: Callable[[], bool]) -> None:
+    """Runs checks; one that raises has failed, one that hangs ends the process.
+
+    A check returns what is wrong, "" when nothing is, or that and numbers by name, which go to the log.
+    """
     run.left = len(checks)
     found = run.result["checks"] = []
     for name, function in checks.items():
@@ -131,20 +137,23 @@ def run_checks(run: Run, checks: dict[str, Callable[[], str]], limit: float, sto
         watch.start()
         faulthandler.dump_traceback_later(limit + 20, exit=True)  # where no other thread gets a turn
         try:
-            problem = function()
+            found_here = function()
+            problem, numbers = found_here if isinstance(found_here, tuple) else (found_here, {})
             torch.cuda.synchronize()
         except Exception as error:
             traceback.print_exc()
+            numbers = {}
             problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         finally:
             watch.cancel()
             faulthandler.cancel_dump_traceback_later()
         torch.cuda.empty_cache()
         seconds = time.perf_counter() - start
-        found.append({"check": name, "problem": problem, "seconds": round(seconds, 2)})
+        found.append({"check": name, "problem": problem, "seconds": round(seconds, 2), **numbers})
         run.left -= 1
         (run.failed if problem else run.passed).append(name)
-        run(f"{'FAILED' if problem else 'ok':6} {seconds:6.2f} s  {name}" + (f": {problem}" if problem else ""))
+        run(f"{'FAILED' if problem else 'ok':6} {seconds:6.2f} s  {name}" + (f": {problem}" if problem else "")
+            + "".join(f"  {key} {value}" for key, value in numbers.items()))
 
 
 def run_random(run: Run, cases: int, first: int, part: tuple[int, int], stop: Callable[[], bool]) -> None:

@@ -34,10 +34,7 @@ def noted(log: Log, rows: Iterable[speed.Row]) -> Iterator[speed.Row]:
         yield row
 
 
-TUNINGS = {
-    f"{', persistent' * persistent}{', overlap' * overlap}": Tuning(persistent=persistent, overlap=overlap)
-    for persistent in (False, True) for overlap in (False, True)
-} | {", persistent, overlap, 3 stages": Tuning(persistent=True, overlap=True, stages=3)}
+TUNINGS = {", persistent" * persistent: Tuning(persistent=persistent) for persistent in (False, True)}
 SHAPES = ((12, 128, 128), (24, 64, 128), (12, 128, 64))  # heads, head dim, key block of `hopper_variants`
 GRIDS = (((20, 48, 80), (4, 4, 8)), ((21, 45, 80), (2, 8, 8)), ((21, 30, 52), (4, 8, 4)))  # and their tiles
 
@@ -71,14 +68,14 @@ def compile_hopper() -> dict[str, Callable[[], str]]:
         for _, dim, key_block in SHAPES for name, tuning in TUNINGS.items()}
     for sizes, tile in GRIDS:
         small = TokenGrid(*(n + (whole % n > 0) for n, whole in zip(tile, sizes, strict=True)))
-        for overlap in (False, True):
-            def tiled(grid: TokenGrid = small, tile: Any = tile, overlap: bool = overlap) -> str:
-                positions, lengths = order.tile(grid, tile)
-                layout = order.layout(grid, positions, 128, lengths=lengths, tile_shape=tile, device="cuda")
-                return call(twice(layout), 128, bf16, Tuning(ragged_boxes=True, overlap=overlap))
-            found[f"tiles {tile}{', overlap' * overlap}"] = tiled
+
+        def tiled(grid: TokenGrid = small, tile: Any = tile) -> str:
+            positions, lengths = order.tile(grid, tile)
+            layout = order.layout(grid, positions, 128, lengths=lengths, tile_shape=tile, device="cuda")
+            return call(twice(layout), 128, bf16, Tuning(ragged_boxes=True))
+
+        found[f"tiles {tile}"] = tiled
     found["permuted"] = lambda: call(twice(permuted()), 128, bf16, plain)
-    found["permuted, overlap"] = lambda: call(twice(permuted()), 128, bf16, Tuning(overlap=True))
     found["permuted 64"] = lambda: call(twice(permuted()), 64, bf16, plain)
     found["permuted fp16"] = lambda: call(twice(permuted()), 128, torch.float16, plain)
     found["fp16"] = lambda: call(raster(), 128, torch.float16, plain)
@@ -167,7 +164,7 @@ def peers(log: Log) -> list[dict[str, Any]]:
     def measured() -> Iterator[speed.Row]:
         every = torch.ones(1, heads, layout.blocks, layout.blocks, dtype=torch.bool, device="cuda")
         calls = {peer.name: call for peer in others if not peer.sparse and (call := prepared(peer, every))}
-        dense = in_turn(calls, 12)
+        dense = speed.in_turn(calls, "cuda", rounds=12)
         base = dense.get("cuDNN", float("nan"))
         for name, took in dense.items():
             yield row("dense", name, 1.0, took, base)
@@ -177,12 +174,10 @@ def peers(log: Log) -> list[dict[str, Any]]:
                 keep = speed.random_keep(heads, layout.blocks, layout.blocks, density, "cuda")
                 mask = BlockMask.from_dense(keep, layout, layout)
                 listed, found = Blocks.from_mask(mask), mask.density().item()
-                calls = {f"hopper{', overlap' * overlap}": partial(
-                    block_sparse_attention_hopper, query, key, value, listed, dim**-0.5, Tuning(overlap=overlap))
-                    for overlap in (False, True)}
+                calls = {"hopper": partial(block_sparse_attention_hopper, query, key, value, listed, dim**-0.5)}
                 calls |= {peer.name: call for peer in others
                           if peer.sparse and peer.name in some and (call := prepared(peer, keep))}
-                for name, took in in_turn(calls).items():
+                for name, took in speed.in_turn(calls, "cuda").items():
                     yield row(f"random {density}", name, found, took, base)
 
     def row(what: str, name: str, density: float, took: float, base: float) -> speed.Row:
@@ -190,26 +185,6 @@ def peers(log: Log) -> list[dict[str, Any]]:
                          4 * heads * dim * tokens**2 * density / took / 1e9, base / took)
 
     return [dataclasses.asdict(x) for x in noted(log, measured())]
-
-
-def in_turn(calls: dict[str, Callable[[], Any]], rounds: int = 24) -> dict[str, float]:
-    """Median milliseconds of calls that take turns: clock and temperature are the same for all of them."""
-    flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
-    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for i in range(rounds):
-        names = list(calls)
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flush.zero_()
-            first.record()
-            calls[name]()
-            last.record()
-            events[name].append((first, last))
-    torch.cuda.synchronize()
-    return {name: torch.tensor([first.elapsed_time(last) for first, last in pairs]).median().item()
-            for name, pairs in events.items()}
 
 
 def hopper_variants(densities: tuple[float, ...], dense_ms: float) -> Iterator[speed.Row]:
@@ -230,8 +205,9 @@ def hopper_variants(densities: tuple[float, ...], dense_ms: float) -> Iterator[s
         for name, keep in masks.items():
             mask = BlockMask.from_dense(keep, *layouts)
             density, listed = mask.density().item(), Blocks.from_mask(mask)
-            took = in_turn({f"{name}{way}": partial(block_sparse_attention_hopper, query, key, value, listed, dim**-0.5,
-                                                    tuning) for way, tuning in TUNINGS.items()})
+            took = speed.in_turn({
+                f"{name}{way}": partial(block_sparse_attention_hopper, query, key, value, listed, dim**-0.5, tuning)
+                for way, tuning in TUNINGS.items()}, "cuda")
             for what, ms in took.items():
                 yield speed.Row(tokens, heads, dim, 1, "bf16", key_block, what, "hopper", density, ms,
                                 4 * heads * dim * tokens**2 * density / ms / 1e9, dense_ms / ms if dim == 128 else 0.0)
@@ -261,12 +237,10 @@ def hopper_tile_speeds() -> Iterator[speed.Row]:
                 keep = speed.random_keep(heads, layout.blocks, layout.blocks, density, "cuda")
                 mask = BlockMask.from_dense(keep, layout, layout)
                 name = f"{'x'.join(map(str, sizes))} {way} {'x'.join(map(str, shape))}"
-                found[name] = found[name + ", overlap"] = mask.density().item()
-                for overlap in (False, True):
-                    calls[name + ", overlap" * overlap] = partial(
-                        block_sparse_attention_hopper, query, key, value, Blocks.from_mask(mask), dim**-0.5,
-                        Tuning(ragged_boxes=True, overlap=overlap))
-            for name, took in in_turn(calls, 9 if density == 1.0 else 15).items():
+                found[name] = mask.density().item()
+                calls[name] = partial(block_sparse_attention_hopper, query, key, value, Blocks.from_mask(mask),
+                                      dim**-0.5, Tuning(ragged_boxes=True))
+            for name, took in speed.in_turn(calls, "cuda", rounds=9 if density == 1.0 else 15).items():
                 yield speed.Row(grid.tokens, heads, dim, 1, "bf16", 128, name, "hopper", found[name], took,
                                 4 * heads * dim * grid.tokens**2 * found[name] / took / 1e9, dense_ms / took)
 

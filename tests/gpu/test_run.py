@@ -43,8 +43,7 @@ def test_the_hopper_kernels_source_computes_random_calls() -> None:
         inputs, kind = drawn.inputs, drawn.kind
         blocks = Blocks.from_mask(inputs.mask, inputs.key_mask)
         return emulate(inputs.query, inputs.key, inputs.value, blocks, inputs.scale,
-                       programs=2 if kind.persistent else None, ragged_boxes=kind.order == "ragged boxes",
-                       overlap=kind.overlap)
+                       programs=2 if kind.persistent else None, ragged_boxes=kind.order == "ragged boxes")
 
     lines: list[str] = []
     totals = random_cases.run(range(48), "cpu", lines.append, most=140, kernels=lambda _: {"hopper": attend})
@@ -75,7 +74,7 @@ def test_wrong_results_are_named_by_seed() -> None:
     lines: list[str] = []
     totals = random_cases.run(range(8), "cpu", lines.append, most=150, kernels=lambda _: {"one": wrong})
     assert totals["one"]["failed"] == [3, 5]
-    assert lines[0].startswith("FAILED one seed 3 (order=permuted overlap=True): ") and "seed 5" in lines[1]
+    assert lines[0].startswith("FAILED one seed 3 (order=permuted): ") and "seed 5" in lines[1]
 
 
 def test_a_call_moved_elsewhere_keeps_numbers_and_steps() -> None:

@@ -34,6 +34,10 @@ class _Value(torch.Tensor):
         """In the kernel x += y makes a new value."""
         return self + other
 
+    def to(self, *arguments: Any, bitcast: bool = False, **options: Any) -> Tensor:
+        """A conversion, or the same bits as another type."""
+        return self.view(*arguments) if bitcast else super().to(*arguments, **options)
+
 
 def _value(x: Any) -> Tensor:
     return torch.as_tensor(x).as_subclass(_Value)
@@ -141,7 +145,7 @@ def _init(barrier: _Barrier, count: int) -> None:
 def _allocate(dtype: torch.dtype, shape: list[int], _layout: Any) -> _Shared:
     if dtype == torch.int64:
         return _Shared([_Barrier() for _ in range(shape[0])])
-    return _Shared(torch.full(shape, torch.nan, dtype=dtype))
+    return _Shared(torch.full(shape, torch.nan if dtype.is_floating_point else 99, dtype=dtype))
 
 
 def _load(pointer: _Pointer, mask: Any = True, other: Any = 0) -> Tensor:
@@ -156,7 +160,7 @@ def _store(pointer: _Pointer, value: Tensor, mask: Any = True) -> None:
 
 def _product(a: Any, b: _Shared, acc: Tensor, use_acc: bool = True, is_async: bool = False) -> Tensor:
     left = a.content if isinstance(a, _Shared) else a
-    found = left.float() @ b.content.float()
+    found = (left.float() @ b.content.float()).to(acc.dtype)  # exact for integers: sums stay below 2^24
     return _value(acc + found if use_acc else found)
 
 
@@ -231,7 +235,7 @@ def _gather(key: Tensor, value: Tensor, index: Tensor, slots: int) -> tuple[Tens
 
 def emulate(
     query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float, *, programs: int | None = None,
-    ragged_boxes: bool = False, overlap: bool = False,
+    ragged_boxes: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`block_sparse_attention_hopper` on CPU tensors; `programs`: how many persistent ones, None: one per tile.
 
@@ -245,8 +249,7 @@ def emulate(
     real, hopper.gather_slots = hopper.gather_slots, _gather
     try:
         calls = list(hopper.launches(query, key, value, blocks, scale, out, lse,
-                                     Tuning(persistent=programs is not None, ragged_boxes=ragged_boxes,
-                                            overlap=overlap)))
+                                     Tuning(persistent=programs is not None, ragged_boxes=ragged_boxes)))
     finally:
         hopper.gather_slots = real
     for arguments, constants, tiles in calls:

@@ -30,7 +30,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from dit_sparse import order  # noqa: E402
 from dit_sparse.blockmask import BlockLayout, BlockMask, TokenWindow  # noqa: E402
 from dit_sparse.grid import TokenGrid  # noqa: E402
-from dit_sparse.kernels import hopper, hopper_kernel, hopper_plan, portable  # noqa: E402
+from dit_sparse.kernels import hopper, hopper_kernel, portable  # noqa: E402
 from dit_sparse.kernels.blocks import Blocks  # noqa: E402
 from dit_sparse.kernels.hopper_plan import Tuning  # noqa: E402
 
@@ -87,8 +87,6 @@ class HopperCase:
     key_mask: bool = False
     persistent: bool = False
     text: int = 77
-    overlap: bool = hopper_plan.OVERLAP
-    stages: int | None = None
 
     @property
     def wgmma(self) -> int:
@@ -117,16 +115,6 @@ HOPPER_CASES = {
     "hopper-bf16-tiles-key-mask": HopperCase(order="tiles", key_mask=True),
     "hopper-bf16-tiles-everything": HopperCase(order="tiles", coordinates=3, always=True, key_mask=True),
 } | {
-    f"hopper-bf16-overlap-{name}": HopperCase(overlap=True, **changes)  # type: ignore[arg-type]
-    for name, changes in {
-        "raster": {}, "permuted": {"order": "permuted"}, "persistent": {"persistent": True}, "3-stages": {"stages": 3},
-        "persistent-3-stages": {"persistent": True, "stages": 3}, "tiles": {"order": "tiles"},
-        "permuted-3-stages": {"order": "permuted", "stages": 3}, "64": {"head_dim": 64}, "128x64": {"key_block": 64},
-        "64-persistent": {"head_dim": 64, "persistent": True}, "key-mask": {"key_mask": True},
-        "window-3": {"coordinates": 3, "always": True, "key_mask": True, "order": "permuted"},
-    }.items()
-} | {
-    "hopper-bf16-3-stages": HopperCase(stages=3),
     "hopper-bf16-96": HopperCase(head_dim=96),
     "hopper-bf16-persistent": HopperCase(persistent=True),
     "hopper-bf16-64-persistent": HopperCase(head_dim=64, persistent=True),
@@ -157,7 +145,6 @@ class Figures:
     wgmma: int
     waits: int
     bulk_copies: int
-    exps_under_output: int = 0
 
 
 def compile_case(case: Case) -> Figures:
@@ -229,8 +216,7 @@ def hopper_call(case: HopperCase) -> tuple[list[Any], dict[str, Any]]:
     try:
         calls = hopper.launches(query, key, value, blocks, 0.1, torch.empty_like(query),
                                 torch.empty(1, heads, tokens), Tuning(
-                                    persistent=case.persistent, ragged_boxes=case.order == "tiles-ragged",
-                                    overlap=case.overlap, stages=case.stages))
+                                    persistent=case.persistent, ragged_boxes=case.order == "tiles-ragged"))
         arguments, constants, _ = next(calls)
     finally:
         hopper.gather_slots = gather
@@ -256,10 +242,6 @@ def compile_hopper(case: HopperCase) -> Figures:
 def hopper_problem(case: HopperCase, figures: Figures) -> str:
     """What is wrong with the machine code of a case, "" when it is as it must be."""
     wanted = dict(spills=0, stack=0, wgmma=case.wgmma, waits=HOPPER_WAITS)
-    if case.overlap:
-        # Of 64 x key_block weights a thread of 128 has key_block / 2, and 2 factors that shrink: in both groups, and in
-        # both loops, unless the window needs the registers of the output.
-        wanted |= dict(exps_under_output=2 * (1 if case.coordinates else 2) * (case.key_block // 2 + 2))
     return ", ".join(f"{name} must be {value}" for name, value in wanted.items() if getattr(figures, name) != value)
 
 
@@ -276,17 +258,7 @@ def read_figures(cubin: bytes, shared: int) -> Figures:
 
     registers, stack = (int(re.findall(rf"{word}:(\d+)", usage)[-1]) for word in ("REG", "STACK"))
     return Figures(registers, stack, count("STL") + count("LDL"), shared, count("HGMMA"),
-                   count("WARPGROUP.DEPBAR"), count("UTMALDG"), _exps_under_output(code))
-
-
-def _exps_under_output(code: str) -> int:
-    """Exponentials between a wait for scores, that leaves the output in flight, and the next wait."""
-    found, inside = 0, False
-    for line in code.splitlines():
-        if "WARPGROUP.DEPBAR" in line:
-            inside = re.search(r"DEPBAR\.LE gsb0, 0x1\b", line) is not None
-        found += inside and "MUFU.EX2" in line
-    return found
+                   count("WARPGROUP.DEPBAR"), count("UTMALDG"))
 
 
 def main() -> int:

@@ -25,7 +25,7 @@ def test_portable_kernel_compiles_for_hopper_without_spills(case: str) -> None:
 def test_hopper_kernel_compiles_without_spills_and_with_overlapped_products() -> None:
     """One variant of each kind of order; `python tests/kernels/offline_compile.py` compiles all of them."""
     cases = ["hopper-bf16-128-128-raster", "hopper-bf16-everything", "hopper-fp16-64-tiles-ragged",
-             "hopper-bf16-overlap-persistent"]
+             "hopper-bf16-persistent"]
     done = subprocess.run([sys.executable, str(SCRIPT), "--cases", *cases], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert done.stdout.count("spills 0") == done.stdout.count("waits 12") == len(cases), done.stdout
