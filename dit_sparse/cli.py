@@ -44,7 +44,7 @@ Fps = Annotated[int, typer.Option(min=1, max=120, help="Frames per second of the
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 
 
-@app.command()
+@app.command(epilog='Example: dit-sparse generate "a red circle moving right" --size 256 --frames 17')
 def generate(
     prompt: Prompt = None,
     seed: Seed = 0,
@@ -84,7 +84,7 @@ def generate(
     )
 
 
-@app.command()
+@app.command(epilog='Example: dit-sparse compare "a red circle moving right" --method radial')
 def compare(
     prompt: Prompt = None,
     long: Annotated[bool, typer.Option("--long", help="512x512x33, 17,408 tokens, 8 steps without guidance.")] = False,
@@ -124,10 +124,10 @@ def compare(
     )
 
 
-@app.command()
+@app.command(epilog="Example: dit-sparse inspect svg --grid 21x45x80 --density 0.25")
 def inspect(
     method: Annotated[str, typer.Argument(help="Sparse method, see `dit-sparse methods`.")],
-    grid: Annotated[str, typer.Option(help="Tokens, as 21x45x80 (frames x rows x columns).")] = "21x45x80",
+    grid: Annotated[str | None, typer.Option(help="Tokens (frames x rows x columns); else 21x45x80.")] = None,
     text: Annotated[int, typer.Option(min=0, max=100_000, help="Text tokens in the same sequence.")] = 0,
     text_at: Annotated[str, typer.Option(help="front or back.")] = "back",
     density: Density = None,
@@ -135,14 +135,41 @@ def inspect(
     png: Annotated[Path | None, typer.Option(help="Picture of the mask; else mask-METHOD-GRID.png.")] = None,
     query_tile: Annotated[str | None, typer.Option(help="For gna: tile of the simulated kernel, as 4x8x8.")] = None,
     key_tile: Annotated[str | None, typer.Option(help="For gna: the same for keys.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Look at a call of the included model's layer instead.")] = None,
+    head: Annotated[int, typer.Option(help="With --layer: which head.")] = 0,
+    step: Annotated[int, typer.Option(help="With --layer: which of 10 denoising steps, 2 to 9.")] = 5,
+    prompt: Annotated[str | None, typer.Option(help="With --layer: what the clip shows.")] = None,
+    seed: Annotated[int, typer.Option(help="With --layer: seed of the clip.")] = 0,
+    device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Show what a method does to a grid: density, blocks, memory, expected speed-up and a picture."""
+    """Show what a method does to a grid, or to a call of the included model: density, blocks and a picture."""
+    if layer is not None:
+        if grid is not None or text or query_tile or key_tile:
+            raise UserError("--layer looks at the included model's own grid; leave --grid, --text and the tiles out")
+        from .commands.inspect_layer import inspect_layer
+
+        inspect_layer(
+            method,
+            layer=layer,
+            head=head,
+            step=step,
+            prompt=prompt,
+            seed=seed,
+            density=density,
+            options=option,
+            png=png,
+            device=device,
+            as_json=as_json,
+        )
+        return
+    if prompt is not None:
+        raise UserError("--prompt belongs to --layer: a bare grid shows no clip")
     from .commands.inspect import inspect as run
 
     run(
         method,
-        grid=grid,
+        grid=grid or "21x45x80",
         text=text,
         text_at=text_at,
         density=density,
@@ -154,7 +181,7 @@ def inspect(
     )
 
 
-@app.command()
+@app.command(epilog="Example: dit-sparse methods --json")
 def methods(as_json: Json = False) -> None:
     """List the sparse methods with their options."""
     from .commands.listing import list_methods
@@ -162,10 +189,14 @@ def methods(as_json: Json = False) -> None:
     list_methods(as_json)
 
 
-@app.command()
+@app.command(epilog="Example: dit-sparse bench kernels --tokens 4096 --density 0.25")
 def bench(
     what: Annotated[
-        str, typer.Argument(help="kernels: attention alone; routing: each method's masks; step: a model's step.")
+        str,
+        typer.Argument(
+            help="kernels: attention alone; routing: each method's masks; step: a model's step; ladder: the kernels, "
+            "one idea a line."
+        ),
     ] = "kernels",
     tokens: Annotated[list[int] | None, typer.Option(help="Length of the sequence; may be repeated.")] = None,
     heads: Annotated[int | None, typer.Option(min=1, max=1024, help="Attention heads.")] = None,
@@ -174,9 +205,18 @@ def bench(
     block_size: Annotated[int | None, typer.Option(min=16, max=1024, help="Tokens of a block.")] = None,
     density: Annotated[list[float] | None, typer.Option(help="Share that is computed; may be repeated.")] = None,
     backend: Annotated[str | None, typer.Option(help="Kernel, see `dit-sparse doctor`; else the fastest.")] = None,
-    grid: Annotated[str | None, typer.Option(help="routing: frames x height x width, such as 21x45x80.")] = None,
+    grid: Annotated[
+        str | None, typer.Option(help="routing, ladder: frames x height x width, such as 21x45x80.")
+    ] = None,
     model: Annotated[list[str] | None, typer.Option(help="step: such as wan-14b-720p; may be repeated.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="routing, step: methods to time; may be repeated.")] = None,
+    fp8: Annotated[
+        list[str] | None, typer.Option(help="step: linear, attention or both in 8-bit floats as well; may be repeated.")
+    ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="step: where the time goes, by kind of kernel.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="ladder: folder for a table and a picture.")] = None,
     device: Device = None,
     seconds: Annotated[float, typer.Option(min=0.01, max=60, help="Timed calls for each row.")] = 0.4,
     as_json: Json = False,
@@ -196,13 +236,16 @@ def bench(
         grid=grid,
         models=model,
         methods=method,
+        fp8=fp8,
+        profile=profile or None,
+        out=out,
         device=device,
         seconds=seconds,
         as_json=as_json,
     )
 
 
-@app.command()
+@app.command(epilog="Example: dit-sparse doctor --hosts")
 def doctor(
     hosts: Annotated[bool, typer.Option("--hosts", help="List every transformer class of Diffusers instead.")] = False,
     as_json: Json = False,
@@ -213,11 +256,25 @@ def doctor(
     return show_hosts(as_json) if hosts else show_doctor(as_json)
 
 
+@app.command("app", epilog="Example: dit-sparse app --port 7860")
+def demo(
+    model: Annotated[list[str] | None, typer.Option(help="A model that visitors may choose; may be repeated.")] = None,
+    device: Device = None,
+    host: Annotated[str, typer.Option(help="Address; 0.0.0.0: every address of this machine.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 7860,
+    share: Annotated[bool, typer.Option("--share", help="A public address as well, through Gradio's servers.")] = False,
+) -> None:
+    """Serve the demo page: make clips, look into their attention, measure speed. Needs the extra `app`."""
+    from .app.serve import serve
+
+    serve(model or ["embedded"], device=device, host=host, port=port, share=share)
+
+
 eval_app = typer.Typer(help="Measure methods: speed, fidelity to dense, quality; one report for each run.")
 app.add_typer(eval_app, name="eval")
 
 
-@eval_app.command("run")
+@eval_app.command("run", epilog="Example: dit-sparse eval run methods.yaml --output results/methods")
 def eval_run(
     config: Annotated[Path, typer.Argument(help="YAML or JSON file, see docs/evaluation.md.")],
     output: Annotated[Path | None, typer.Option(help="Folder, made or continued; else eval-CONFIG.")] = None,
@@ -229,20 +286,50 @@ def eval_run(
     run(config, output=output, as_json=as_json)
 
 
-@eval_app.command("paper")
+@eval_app.command("paper", epilog="Example: dit-sparse eval paper --quick --out paper")
 def eval_paper(
     out: Annotated[Path, typer.Option(help="Folder of the tables, made or continued.")] = Path("paper"),
     quick: Annotated[bool, typer.Option("--quick", help="A size that two cores make in under a minute.")] = False,
+    part: Annotated[list[str] | None, typer.Option(help="Only a part; may be repeated.")] = None,
+    seconds: Annotated[float | None, typer.Option(min=1, help="About how long it may take; it goes on later.")] = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Make the project's own tables on the included model: speed, fidelity, prompt following; killed, it goes on."""
+    """Make the project's own tables on the included model: prompt following, speed, fidelity; killed, it goes on."""
     from .commands.paper import paper as run
 
-    run(out, quick=quick, device=device, as_json=as_json)
+    run(out, quick=quick, names=part, seconds=seconds, device=device, as_json=as_json)
 
 
-@eval_app.command("show")
+@eval_app.command("methods", epilog="Example: dit-sparse eval methods --quick --out methods")
+def eval_methods(
+    out: Annotated[Path, typer.Option(help="Folder of the tables, made or continued.")] = Path("methods"),
+    quick: Annotated[bool, typer.Option("--quick", help="Two methods at a size that a CPU makes in seconds.")] = False,
+    steps: Annotated[int | None, typer.Option(min=2, max=200, help="Denoising steps, else 10.")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, max=100, help="Guidance scale, else 3; 1 is off.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, max=64, help="Clips that are made at once, else 8.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Only these methods; may be repeated.")] = None,
+    seconds: Annotated[float | None, typer.Option(min=0, help="Begin nothing new after these; 0: tables only.")] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Compare all methods on the included model at the same densities: tables and a picture; killed, it goes on."""
+    from .commands.methods_comparison import compare_methods as run
+
+    run(
+        out,
+        quick=quick,
+        steps=steps,
+        guidance=guidance,
+        batch=batch,
+        methods=method,
+        seconds=seconds,
+        device=device,
+        as_json=as_json,
+    )
+
+
+@eval_app.command("show", epilog="Example: dit-sparse eval show results/methods")
 def eval_show(
     folder: Annotated[Path, typer.Argument(help="Folder of `eval run`.")],
     as_json: Json = False,
@@ -253,7 +340,7 @@ def eval_show(
     run(folder, as_json=as_json, write=True)
 
 
-@eval_app.command("compare")
+@eval_app.command("compare", epilog="Example: dit-sparse eval compare results/methods:svg results/methods:radial")
 def eval_compare(
     a: Annotated[str, typer.Argument(metavar="A", help="Folder of `eval run`, or FOLDER:METHOD.")],
     b: Annotated[str, typer.Argument(metavar="B", help="The same; methods are paired by name.")],
@@ -266,15 +353,33 @@ def eval_compare(
     run(a, b, confidence=confidence, as_json=as_json)
 
 
-@eval_app.command("measures")
-def eval_measures(as_json: Json = False) -> None:
+@eval_app.command("measures", epilog="Example: dit-sparse eval measures --dimensions")
+def eval_measures(
+    dimensions: Annotated[bool, typer.Option("--dimensions", help="VBench's 16, and what measures each.")] = False,
+    as_json: Json = False,
+) -> None:
     """List the measures, what they need, and whether they can be taken here."""
     from .commands.evaluation import list_measures as run
 
-    run(as_json)
+    run(as_json, dimensions=dimensions)
 
 
-@eval_app.command("blind-spots")
+@eval_app.command("clip", epilog="Example: dit-sparse eval clip sparse.mp4 dense.mp4 --measure psnr")
+def eval_clip(
+    video: Annotated[Path, typer.Argument(help="Video file.")],
+    reference: Annotated[Path | None, typer.Argument(help="Video to compare it with, of the same size.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What the video should show.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second that both must have.")] = None,
+    measure: Annotated[list[str] | None, typer.Option(help="Name of a measure; may be repeated.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure any video, by itself or against another."""
+    from .commands.evaluation import measure_files as run
+
+    run(video, reference, prompt=prompt, fps=fps, names=measure, as_json=as_json)
+
+
+@eval_app.command("blind-spots", epilog="Example: dit-sparse eval blind-spots --size 64 --frames 9")
 def eval_blind_spots(
     size: Annotated[int, typer.Option(min=32, max=512, help="Sides of the drawn clips.")] = 128,
     frames: Annotated[int, typer.Option(min=1, max=65, help="Frames of the drawn clips.")] = 13,
@@ -287,7 +392,7 @@ def eval_blind_spots(
     run(size=size, frames=frames, measures=measure, as_json=as_json)
 
 
-@eval_app.command("export-vbench")
+@eval_app.command("export-vbench", epilog="Example: dit-sparse eval export-vbench results svg --output vbench")
 def eval_export(
     output: Annotated[Path, typer.Option(help="Folder, made when it is missing.")],
     folder: Annotated[Path | None, typer.Argument(help="Folder of `eval run`.")] = None,
@@ -303,7 +408,7 @@ def eval_export(
     run(output, folder=folder, method=method, dimensions=dimension, as_json=as_json)
 
 
-@eval_app.command("import-vbench")
+@eval_app.command("import-vbench", epilog="Example: dit-sparse eval import-vbench svg_eval_results.json")
 def eval_import(
     files: Annotated[list[Path], typer.Argument(help="VBench's ..._eval_results.json, one or more.")],
     folder: Annotated[Path | None, typer.Option(help="Folder of `eval run` whose report shows them.")] = None,

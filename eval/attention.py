@@ -85,15 +85,19 @@ def attention_quality(
     """
     out, lse = dense or dense_attention(query, key, value, scale=scale, key_mask=key_mask)
     attend = functools.partial(block_sparse_attention, scale=scale, key_mask=key_mask, backend=backend)
-    kept = query.new_empty(())
+    kept: Tensor | None = None
+    asked = False
 
     def listed(*call: Any) -> tuple[Tensor, Tensor]:
-        nonlocal kept
-        found = attend(*call)
-        kept = found[1].clone()  # operators may merge into what they are given
+        nonlocal kept, asked
+        found, asked = attend(*call), True
+        if all(a is b for a, b in zip(call, (query, key, value, mask), strict=True)):
+            kept = found[1].clone()  # operators may merge into what they are given
         return found
 
-    sparse = operate(mask, listed)[0] if operate else listed(query, key, value, mask)[0]
+    sparse, computed = operate(mask, listed) if operate else listed(query, key, value, mask)
+    if kept is None:  # an operator with a kernel of its own asks for nothing; one may ask for other pairs only
+        kept = attend(query, key, value, mask)[1] if asked else computed
     if lse is None:
         # On a GPU only the block kernels tell the LSE.
         full = BlockMask.full(mask.query, mask.key)
@@ -122,12 +126,20 @@ class AttentionProbe(RunSession):
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
     ) -> Tensor:
         """The dense output; see `RunSession.attention` for the shapes."""
-        dense = dense_attention(query, key, value, scale=scale, attn_mask=mask)
+        dense = self._dense(query, key, value, mask, scale)
         step, branch = (self.info.step, self.info.branch) if self.info else (0, "")
         record = CallRecord(layer, step, branch, "dense", self._planned_dense(layer))
         found = None if record.reason else self._look(record, query, key, value, mask, scale, dense)
+        if self.method.observes and record.kind == "dense":
+            self._observe(record, query, key, value, mask, scale, *dense)
         self._found.append((record, found, query.shape[2]))
         return dense[0].contiguous()
+
+    def _dense(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Dense attention's output and LSE."""
+        return dense_attention(query, key, value, scale=scale, attn_mask=mask)
 
     def _look(
         self,

@@ -295,11 +295,11 @@ def _seeds(name: str, value: Any, folder: Path) -> tuple[int, ...]:
 
 
 def _measures(name: str, value: Any, folder: Path) -> tuple[str, ...]:
-    from .measures.table import check_names
+    from .measures.table import check_names, with_motion
 
     names = [_text(f"{name}, entry {i}", entry, folder) for i, entry in enumerate(_list(name, value), 1)]
     _once(name, names)
-    return tuple(check_names(names))
+    return tuple(with_motion(check_names(names)))
 
 
 def _methods(name: str, value: Any, folder: Path) -> tuple[MethodEntry, ...]:

@@ -15,7 +15,9 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,11 +29,12 @@ from .attention import ATTENTION, AttentionWork, attention_jobs, density_map
 from .compare import timed, warm_up
 from .config import DENSE, EvalConfig
 from .measures.reference import latent_error
-from .measures.table import measure
+from .measuring import Measuring, Task, workers_for
 from .run import Job, Result, finished, job_key, run
 
 RESULTS, RUN, ENVIRONMENT, REPORT, VIDEOS = "results.jsonl", "run.json", "environment.json", "report.html", "videos"
 SHAPE = ("frames", "height", "width", "steps", "guidance_scale")
+_CLIPS_SHARE = 0.8  # of the seconds of a run that also looks into attention
 Bar = Callable[[str], AbstractContextManager[Callable[[int, int], None] | None]]
 
 
@@ -71,17 +74,22 @@ class EvaluationWork:
         config: what is made.
         folder: where the videos go.
         bar: bar(label) is entered around each clip and yields its step callback.
+        measuring: where clips are measured; None: here, each before the next is made.
     """
 
-    def __init__(self, pipe: Any, config: EvalConfig, folder: Path, bar: Bar | None = None) -> None:
+    def __init__(
+        self, pipe: Any, config: EvalConfig, folder: Path, bar: Bar | None = None, measuring: Measuring | None = None
+    ) -> None:
         self.pipe, self.config, self.folder = pipe, config, folder
+        self.measuring = measuring or Measuring(folder)
         self.bar: Bar = bar or (lambda label: nullcontext())
         self._options = {entry.label: (entry.name, entry.options) for entry in config.methods}
         self._key = ""
         self._dense: tuple[torch.Tensor, list[torch.Tensor]] | None = None
+        self._dense_step: dict[str, float] = {}
         self._warm: set[str] = set()
 
-    def __call__(self, job: Job) -> Result:
+    def __call__(self, job: Job) -> Result | Future[Any]:
         label = job["label"]
         key = job_key({name: value for name, value in job.items() if name not in ("label", "options")})
         if label != DENSE and (key != self._key or self._dense is None):
@@ -89,13 +97,10 @@ class EvaluationWork:
             self._make(job, DENSE, key)
         clip, result = self._make(job, label, key)
         reference = self._dense[0] if self._dense is not None and label != DENSE else None
-        values, reasons = measure(
-            clip, reference=reference, prompt=job["prompt"], fps=job["fps"], names=self.config.measures,
-            networks=self.config.networks,
-        )
-        path = self._write(job, clip)
-        shape = {"frames": len(clip), "height": clip.shape[2], "width": clip.shape[3]}
-        return {**result, "values": values, "reasons": reasons, "video": path, **shape}
+        number = self.config.prompts.index(job["prompt"]) + 1
+        path = Path(VIDEOS) / label / f"{number:03d}-{job['seed']}.mp4"
+        task = Task(job["prompt"], job["fps"], self.folder / path, self.config.measures, self.config.networks)
+        return self.measuring.submit(clip, reference, task, {**result, "video": path.as_posix()})
 
     def _make(self, job: Job, label: str, key: str) -> tuple[torch.Tensor, Result]:
         """The clip, and what its making cost."""
@@ -107,6 +112,8 @@ class EvaluationWork:
         disable(self.pipe)
         if label not in self._warm:
             warm_up(self.pipe, job["prompt"], proc, shape)
+            if label == DENSE:
+                self._dense_step = dense_step(self.pipe, job["prompt"], shape)
             self._warm.add(label)
         watch = _Latents(self._dense[1] if proc is not None and self._dense is not None else None)
         if proc is not None:
@@ -121,17 +128,10 @@ class EvaluationWork:
         if label == DENSE:
             self._key, self._dense = key, (clip, watch.kept)
         result: Result = {"seconds": seconds, "steps": watch.steps or None, "latent_errors": watch.errors, **peak}
+        if report is None:
+            steps = watch.steps or shape.get("steps") or 0
+            return clip, result | {"density": 1.0, **{name: value * steps for name, value in self._dense_step.items()}}
         return clip, result | _cost(self.pipe, report)
-
-    def _write(self, job: Job, clip: torch.Tensor) -> str:
-        from dit_sparse.pipelines.video_io import write_video
-
-        number = self.config.prompts.index(job["prompt"]) + 1
-        path = Path(VIDEOS) / job["label"] / f"{number:03d}-{job['seed']}.mp4"
-        (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
-        height, width = (side // 2 * 2 for side in clip.shape[2:])
-        write_video(self.folder / path, clip[..., :height, :width], job["fps"])
-        return path.as_posix()
 
 
 class _Latents:
@@ -180,21 +180,43 @@ def _peak_memory(pipe: Any) -> Iterator[dict[str, int]]:
         found["peak_bytes"] = torch.cuda.max_memory_allocated(pipe.device)
 
 
-def _cost(pipe: Any, report: Mapping[str, Any] | None) -> Result:
-    """What a sparse run's summary tells; a dense run has density 1 and nothing else."""
-    if report is None:
-        return {"density": 1.0}
+def _cost(pipe: Any, report: Mapping[str, Any]) -> Result:
+    """What a sparse run's summary tells."""
     names = ("tokens", "density", "sparse_density", "attention_seconds", "routing_seconds", "calls", "fallbacks",
              "density_map")
     result: Result = {name: report[name] for name in names}
     result["per_layer"] = {str(layer): value for layer, value in report["per_layer"].items()}
+    return result | _flops(pipe, report)
+
+
+def _flops(pipe: Any, report: Mapping[str, Any]) -> dict[str, float]:
+    """Operations of the attention: those computed, and those that dense attention would have computed."""
     config = getattr(getattr(pipe, "transformer", None), "config", {})
     width = int(config.get("num_attention_heads", 0) or 0) * int(config.get("attention_head_dim", 0) or 0)
-    if width:
-        # 4 L^2 H D for each self-attention call: the scores and the weighted sum, a multiply and an add each
-        dense = 4.0 * report["tokens"] ** 2 * width * report["calls"]
-        result |= {"flops_dense_equivalent": dense, "flops_computed": dense * report["density"]}
-    return result
+    if not width:
+        return {}
+    # 4 L^2 H D for each self-attention call: the scores and the weighted sum, a multiply and an add each
+    dense = 4.0 * report["tokens"] ** 2 * width * report["calls"]
+    return {"flops_dense_equivalent": dense, "flops_computed": dense * report["density"]}
+
+
+def dense_step(pipe: Any, prompt: str, shape: Mapping[str, Any]) -> dict[str, float]:
+    """What attention costs in one step of the untouched model: seconds and operations, from two steps of it.
+
+    The untouched pipeline has no clock in its attention: here the same dense attention runs where sparse attention
+    would, and is timed as that is.
+    """
+    from dit_sparse import SparseProc, disable, enable, summary
+    from dit_sparse.pipelines.text_to_video import text_to_video
+
+    enable(pipe, SparseProc("dense"))
+    try:
+        text_to_video(pipe, prompt, **{**shape, "steps": 2})
+        report = summary(pipe).to_dict()
+    finally:
+        disable(pipe)
+    return {name: value / 2 for name, value in
+            {"attention_seconds": report["attention_seconds"], **_flops(pipe, report)}.items()}  # fmt: skip
 
 
 def evaluate(
@@ -206,6 +228,8 @@ def evaluate(
     command: str,
     bar: Bar | None = None,
     weights: str = "",
+    workers: int | None = None,
+    seconds: float | None = None,
 ) -> list[Result]:
     """Make and measure all clips that have no result yet, then write the report.
 
@@ -217,9 +241,11 @@ def evaluate(
         command: that made this run, as typed.
         bar: as for `EvaluationWork`.
         weights: digest of the model's files, see `digest`.
+        workers: processes that measure while the next clip is made; None: none on a CPU, else what the cores allow.
+        seconds: after about which no further prompt is begun, the report's time apart; one prompt at least is made.
 
     Returns:
-        The results in the order of the jobs.
+        The results of the finished clips in the order of the jobs.
     """
     from .report import write_report
 
@@ -230,26 +256,50 @@ def evaluate(
     keys = {"jobs": [job_key(job) for job in jobs], "attention": [job_key(job) for job in looks]}
     _write_json(folder / RUN, {"command": command, "config": config.to_dict(), **keys})
     _write_json(folder / ENVIRONMENT, environment(pipe))
-    results = run(jobs, EvaluationWork(pipe, config, folder, bar), folder / RESULTS)
+    workers = workers_for(str(pipe.device)) if workers is None else workers
+    known = finished(folder / RESULTS)
+    begun = any(key in known for key in keys["jobs"])
+    start = time.monotonic()
+
+    def late(share: float, behind: float = 0.0) -> bool:
+        return seconds is not None and time.monotonic() - start + behind > share * seconds
+
+    with Measuring(folder, workers) as measuring:
+        # A prompt that was begun is finished for every method: all rows of a table stand on the same prompts.
+        results = run(
+            jobs,
+            EvaluationWork(pipe, config, folder, bar, measuring),
+            folder / RESULTS,
+            enough=lambda job: job["label"] == DENSE
+            and (begun or job is not jobs[0])
+            and late(_CLIPS_SHARE if looks else 1.0, measuring.behind()),
+        )
     if looks:
-        run(looks, AttentionWork(pipe, config, bar), folder / ATTENTION)
+        first = looks[0]["label"]
+        work = AttentionWork(pipe, config, bar)
+        run(looks, work, folder / ATTENTION, enough=lambda job: job["label"] == first and late(1.0))
     write_report(folder)
     return results
 
 
 def environment(pipe: Any) -> dict[str, Any]:
     """Versions, device and date that the numbers belong to."""
+    return {**dated(str(pipe.device)), "processors": os.cpu_count() or 0, "pipeline": type(pipe).__name__}
+
+
+def dated(device: str) -> dict[str, Any]:
+    """The same for a device alone."""
     from dit_sparse import __version__
 
-    from .speed import environment as device
+    from .speed import environment as of_device
 
     packages = ("diffusers", "transformers", "numpy", "torchmetrics", "opencv-python-headless", "imageio-ffmpeg")
-    found: dict[str, Any] = {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), **device(str(pipe.device))}
+    found: dict[str, Any] = {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), **of_device(device)}
     found["dit-sparse"] = __version__
     for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-    return {**found, "processors": os.cpu_count() or 0, "pipeline": type(pipe).__name__}
+    return found
 
 
 def digest(folder: Path | str) -> str:

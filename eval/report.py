@@ -14,7 +14,7 @@ from . import attention, charts, tables
 from .bootstrap import Interval
 from .config import CEILING, DENSE
 from .evaluation import REPORT
-from .measures.table import MEASURES, VBENCH
+from .measures.table import MEASURES, coverage
 from .results import Evaluation, interval_of, load_evaluation, number
 from .stylesheet import CSS
 from .tables import ARROWS, names_of
@@ -108,7 +108,8 @@ def _cell(cell: Any) -> str:
 def _speed(run: Evaluation) -> str:
     return _shown(tables.speed(run)) + (
         "<p class='faint'>Seconds are of the whole call, text and decoding included; a clip's steps include its "
-        "share. Density is the kept fraction over all attention calls, dense ones as 1.</p>"
+        "share. Density is the kept fraction over all attention calls, dense ones as 1. The untouched model's share of "
+        "attention is that of two steps of it, timed as sparse attention is.</p>"
     )
 
 
@@ -147,18 +148,20 @@ def _dimensions(run: Evaluation) -> str:
     if not groups:
         return ""
     notes = {name: ARROWS[MEASURES[name].direction] for name in groups}
-    covered = {MEASURES[name].dimension for name in groups}
-    unmet = {entry.dimension: entry.unmet() for entry in MEASURES.values() if entry.network}
-    lacking = [f"{name} ({reason or unmet.get(name) or 'no clip or prompt of this run shows it'})"
-               for name, reason in VBENCH.items() if name not in covered]
     text = (
         "<p>VBench's formulas. Names ending in _proxy stand on other networks than VBench's (those without it are "
         "VBench's own on the folders that the configuration names), names beginning with "
         "world_ on the pixels of the embedded model's world: compare methods by them, not with published scores. "
         "Flickering, smoothness and consistency are best for a frozen clip: read dynamic degree beside them.</p>"
     )
-    rest = f"<p class='faint'>Of VBench's 16 dimensions not here: {escape(', '.join(lacking))}.</p>" if lacking else ""
-    return text + charts.bars(groups, run.labels, notes) + rest
+    columns = ["VBench's dimension", "VBench takes", "any video", "included model's world", "network given",
+               "in this run"]  # fmt: skip
+    rows = [[*row.cells(), ", ".join(n for n in (*row.any_video, *row.world, *row.network) if n in groups) or "no"]
+            for row in coverage()]
+    return (
+        text + charts.bars(groups, run.labels, notes)
+        + f"<details><summary>all 16 dimensions</summary>{_table(columns, rows)}</details>"
+    )
 
 
 def _vbench(run: Evaluation) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from .attention import ATTENTION
 from .bootstrap import Interval, interval, verdict
 from .config import DENSE
 from .evaluation import ENVIRONMENT, RESULTS, RUN
-from .measures.table import MEASURES
+from .measures.table import FROZEN_IS_BEST, MEASURES, MOTION
 from .run import finished
 
 # Numbers of a result that are no measures, and which way is good.
@@ -143,7 +143,8 @@ class Difference:
         a, b: means.
         difference: B - A, paired by prompt, with its interval.
         says: "higher", "lower", "within noise" or "too few prompts".
-        better: "A", "B", or "" when nothing is said or neither way is good.
+        better: "A", "B", or "" when nothing is said, neither way is good, or the gain may be that the clips move less.
+        note: why nothing is called better, where that may surprise.
     """
 
     label: str
@@ -153,6 +154,7 @@ class Difference:
     difference: Interval
     says: str
     better: str
+    note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain data."""
@@ -177,11 +179,25 @@ def compare_runs(a: str, b: str, *, confidence: float = 0.95) -> list[Difference
     ]
     found: list[Difference] = []
     for x, y in pairs:
-        for name in (*COSTS, *MEASURES):
-            found += _difference(x if x == y else f"{x} / {y}", name, first[x], second[y], confidence)
+        label = x if x == y else f"{x} / {y}"
+        rows = [
+            row for name in (*COSTS, *MEASURES) for row in _difference(label, name, first[x], second[y], confidence)
+        ]
+        found += _none_for_standing_still(rows)
     if not found:
         raise ValueError(f"{a} and {b} have no method with a prompt and a measure in common")
     return found
+
+
+def _none_for_standing_still(rows: list[Difference]) -> list[Difference]:
+    """Frozen clips never win: nothing is better where standing still is best, on the side that moves less."""
+    still = {"lower": "B", "higher": "A"}
+    less = {still[row.says] for row in rows if row.name in MOTION and row.says in still}
+    return [
+        replace(row, better="", note=f"{row.better} moves less")
+        if row.name in FROZEN_IS_BEST and row.better in less else row
+        for row in rows
+    ]
 
 
 def _side(text: str) -> dict[str, list[dict[str, Any]]]:

@@ -12,11 +12,13 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 Job = Mapping[str, Any]
 Result = dict[str, Any]
+Work = Callable[[Job], "Mapping[str, Any] | Future[Any]"]
 
 
 def job_key(job: Job) -> str:
@@ -45,16 +47,23 @@ def finished(path: str | Path) -> dict[str, Result]:
     return results
 
 
-def run(jobs: Iterable[Job], work: Callable[[Job], Mapping[str, Any]], path: str | Path) -> list[Result]:
-    """Do every job that has no line in the file yet, and return the results of all jobs in order.
+def run(
+    jobs: Iterable[Job],
+    work: Work,
+    path: str | Path,
+    *,
+    enough: Callable[[Job], bool] | None = None,
+) -> list[Result]:
+    """Do every job that has no line in the file yet, and return the results of all finished jobs in order.
 
     Args:
         jobs: settings of one clip each, plain data; equal settings are done once.
-        work: makes the clip of a job and returns plain data.
+        work: makes the clip of a job and returns plain data, or a future of it when the clip is measured elsewhere.
         path: file with one JSON line for each finished job: {"key": ..., "job": ..., "result": ...}.
+        enough: asked before each job that is not done; True ends the run there, for the same call to go on later.
 
     Returns:
-        The `result` entry of each job.
+        The `result` entry of each finished job: of all of them unless `enough` said so.
 
     Raises:
         ValueError: the file holds something else.
@@ -62,18 +71,43 @@ def run(jobs: Iterable[Job], work: Callable[[Job], Mapping[str, Any]], path: str
     path = Path(path)
     jobs = list(jobs)
     done = finished(path)
+    begun = set(done)
+    waiting: list[tuple[str, Job, Future[Any]]] = []
     _drop_cut_line(path)
     with path.open("ab") as stream:
-        for job in jobs:
-            key = job_key(job)
-            if key in done:
-                continue
-            entry: Result = {"key": key, "job": dict(job), "result": dict(work(job))}
-            stream.write(json.dumps(entry, ensure_ascii=False, default=str).encode() + b"\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-            done[key] = entry
-    return [done[job_key(job)]["result"] for job in jobs]
+        try:
+            for job in jobs:
+                key = job_key(job)
+                if key in begun:
+                    continue
+                if enough is not None and enough(job):
+                    break
+                begun.add(key)
+                given = work(job)
+                if isinstance(given, Future):
+                    waiting.append((key, job, given))
+                else:
+                    done[key] = _keep(stream, key, job, given)
+                while waiting and waiting[0][2].done():
+                    key, one, future = waiting.pop(0)
+                    done[key] = _keep(stream, key, one, future.result())
+        except BaseException:
+            for key, job, future in waiting:  # a job failed, or the run was stopped: what is measured is kept
+                if future.done() and not future.cancelled() and future.exception() is None:
+                    _keep(stream, key, job, future.result())
+            raise
+        for key, job, future in waiting:
+            done[key] = _keep(stream, key, job, future.result())
+    return [done[job_key(job)]["result"] for job in jobs if job_key(job) in done]
+
+
+def _keep(stream: IO[bytes], key: str, job: Job, result: Mapping[str, Any]) -> Result:
+    """Write the line of a finished job, so that a kill does not lose it."""
+    entry: Result = {"key": key, "job": dict(job), "result": dict(result)}
+    stream.write(json.dumps(entry, ensure_ascii=False, default=str).encode() + b"\n")
+    stream.flush()
+    os.fsync(stream.fileno())
+    return entry
 
 
 def _drop_cut_line(path: Path) -> None:

@@ -25,13 +25,14 @@ def evaluate(config_file: Path, *, output: Path | None = None, as_json: bool = F
     show(folder, as_json=as_json)
 
 
-def run_config(config: EvalConfig, folder: Path, words: list[str]) -> None:
+def run_config(config: EvalConfig, folder: Path, words: list[str], *, seconds: float | None = None) -> None:
     """Make and measure what is missing in a folder, and write its report.
 
     Args:
         config: what to make.
         folder: made or continued.
         words: the command that makes it, for the report.
+        seconds: after about which no further prompt is begun; None makes all.
     """
     from .run import open_pipeline, stay_offline
 
@@ -43,7 +44,7 @@ def run_config(config: EvalConfig, folder: Path, words: list[str]) -> None:
     shape = shape_of(
         config.pipeline, size=config.size, steps=config.steps, guidance_scale=config.guidance, base=base
     )
-    _prepare(folder)
+    prepare_folder(folder)
     warn_of_unknown_words(config.pipeline, list(config.prompts))
     # The kernel of any method may be one that this device lacks.
     for entry in config.methods[1:]:
@@ -59,12 +60,12 @@ def run_config(config: EvalConfig, folder: Path, words: list[str]) -> None:
     with refusing(ValueError, SparseFallbackError, MemoryError, torch.OutOfMemoryError):
         run_evaluation(
             config, shape.arguments(), pipe, folder, command=shlex.join(words), bar=progress,
-            weights=digest(locate(config.pipeline)),
+            weights=digest(locate(config.pipeline)), seconds=seconds,
         )
 
 
-def _prepare(folder: Path) -> None:
-    """The folder exists and takes files; one that holds something else is refused."""
+def prepare_folder(folder: Path, *, make: bool = True) -> None:
+    """The folder exists and takes files; one that holds something else is refused. Not `make`: only look."""
     from ..eval.attention import ATTENTION
     from ..eval.evaluation import REPORT, RESULTS, RUN
     from ..eval.run import finished
@@ -73,12 +74,14 @@ def _prepare(folder: Path) -> None:
         raise UserError(f"--output {folder} is a file; name a folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / RUN).is_file():
         raise UserError(f"--output {folder} holds other files; name a new folder, or one of an evaluation")
-    with refusing(OSError, prefix=f"--output {folder}: "):
-        folder.mkdir(parents=True, exist_ok=True)
+    if make:
+        with refusing(OSError, prefix=f"--output {folder}: "):
+            folder.mkdir(parents=True, exist_ok=True)
     with refusing():
         for name in (RESULTS, ATTENTION):
             finished(folder / name)
-    check_writable(folder / RESULTS, folder / REPORT)
+    if make:
+        check_writable(folder / RESULTS, folder / REPORT)
 
 
 def _check_kernel(proc: Any, device: str | None) -> None:
@@ -128,7 +131,8 @@ def compare_evaluations(a: str, b: str, *, confidence: float = 0.95, as_json: bo
         print_json({"a": a, "b": b, "confidence": confidence, "differences": [d.to_dict() for d in found]})
         return
     rows = [
-        [d.label, d.name, f"{d.a:.4g}", f"{d.b:.4g}", str(d.difference), d.says, d.better or "-"] for d in found
+        [d.label, d.name, f"{d.a:.4g}", f"{d.b:.4g}", str(d.difference), d.says, d.better or d.note or "-"]
+        for d in found
     ]
     print_table(["method", "measure", "A", "B", f"B - A [{confidence:.0%}]", "B is", "better"], rows)
     real = sum(d.says in ("higher", "lower") for d in found)
@@ -136,10 +140,22 @@ def compare_evaluations(a: str, b: str, *, confidence: float = 0.95, as_json: bo
                  "beyond noise": f"{real} of {len(found)}; by chance alone about {(1 - confidence) * len(found):.1f}"})
 
 
-def list_measures(as_json: bool = False) -> None:
-    """Print the measures: what each needs, its range and direction, and whether it can be taken here."""
-    from ..eval.measures.table import MEASURES
+def list_measures(as_json: bool = False, *, dimensions: bool = False) -> None:
+    """Print the measures: what each needs, its range and direction, and whether it can be taken here.
 
+    Args:
+        as_json: as JSON instead.
+        dimensions: VBench's 16 dimensions instead, each with what measures it.
+    """
+    from ..eval.measures.table import MEASURES, coverage
+
+    if dimensions:
+        if as_json:
+            print_json([dataclasses.asdict(row) for row in coverage()])
+        else:
+            columns = ["VBench's dimension", "VBench takes", "any video", "included model's world", "network given"]
+            print_table(columns, [row.cells() for row in coverage()])
+        return
     rows = [
         {"name": m.name, "kind": m.kind, "range": m.range, "direction": m.direction, "needs": m.needs,
          "reencode_bound": m.reencode_bound, "dimension": m.dimension, "missing": m.unmet()}
@@ -153,6 +169,38 @@ def list_measures(as_json: bool = False) -> None:
         [[*(row[name] or "-" for name in ("name", "kind", "range", "direction", "dimension")), row["missing"] or "yes"]
          for row in rows],
     )
+
+
+def measure_files(
+    video: Path, reference: Path | None = None, *, prompt: str | None = None, fps: float | None = None,
+    names: list[str] | None = None, as_json: bool = False,
+) -> None:
+    """Measure a video from a file, by itself or against another, and print the numbers.
+
+    Args:
+        video, reference: any files that FFmpeg reads; both of the same size, length and frame rate.
+        prompt: what the video should show.
+        fps: frames per second that both must have; None takes the video's own.
+        names: measures; None takes all that can be taken.
+        as_json: as JSON instead.
+    """
+    with refusing():
+        from ..eval.measures.clips import read_clip
+        from ..eval.measures.table import MEASURES, check_names, measure, with_motion
+
+        wanted = None if names is None else with_motion(check_names(names))
+        clip = read_clip(video, fps=fps)
+        other = None if reference is None else read_clip(reference, fps=clip.fps).video
+        values, reasons = measure(clip.video, reference=other, prompt=prompt, fps=clip.fps, names=wanted)
+    frames, _, height, width = clip.video.shape
+    if as_json:
+        print_json({"frames": frames, "height": height, "width": width, "fps": clip.fps, "values": values,
+                    "reasons": reasons})
+        return
+    rows = [[name, f"{value:.5g}", MEASURES[name].direction] for name, value in values.items()]
+    print_table(["measure", "value", "better"], rows)
+    print_pairs({"clip": f"{width}x{height}, {frames} frames, {clip.fps:g} a second",
+                 "not measured": [f"{name}: {why}" for name, why in reasons.items()] or "-"})
 
 
 def blind_spots(*, size: int = 128, frames: int = 13, measures: list[str] | None = None, as_json: bool = False) -> None:
@@ -174,7 +222,8 @@ def blind_spots(*, size: int = 128, frames: int = 13, measures: list[str] | None
             warn(f"{name} was not measured: it needs a larger or longer clip (--size, --frames), or a package")
     blind = degradations.blind_spots(found)
     if as_json:
-        print_json({"levels": [0.0, *degradations.LEVELS], "values": found, "blind": blind})
+        print_json({"levels": [0.0, *degradations.LEVELS], "values": found, "blind": blind,
+                    "not_promised": degradations.NOT_PROMISED})
         return
 
     def word(name: str, spoiled: str) -> str:
@@ -188,6 +237,7 @@ def blind_spots(*, size: int = 128, frames: int = 13, measures: list[str] | None
     print_pairs({
         "falls": "worse with every strength", "sees": "worse at the strongest, not at every step",
         "BLIND": "not worse, or better, at the strongest", "seen by none": ", ".join(unseen) or "-",
+        "nothing promised": [f"{name}: {why}" for name, why in degradations.NOT_PROMISED.items()],
     })
 
 

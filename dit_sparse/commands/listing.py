@@ -9,15 +9,20 @@ from .console import print_json, print_table
 
 
 def list_methods(as_json: bool) -> None:
-    """Print every method with its paper and its options."""
+    """Print every method: its paper, its five parts, its options, and what it needs."""
     from ..processor import SETTINGS, methods
 
     found = methods()
     if as_json:
         print_json([dataclasses.asdict(method) for method in found])
         return
-    rows = [[m.name, m.title, m.arxiv or "-", ", ".join(f"{k}={v}" for k, v in m.options.items())] for m in found]
-    print_table(["method", "what it is", "arXiv", "options and defaults"], rows)
+    rows = []
+    for method in found:
+        parts = {**method.parts, "needs": method.needs or "nothing"}
+        paper = f"{method.title}, arXiv {method.arxiv}" if method.arxiv else method.title
+        options = ", ".join(f"{name}={value}" for name, value in method.options.items())
+        rows.append([method.name, paper, "\n".join(f"{name}: {text}" for name, text in parts.items()), options or "-"])
+    print_table(["method", "paper", "parts", "options and defaults"], rows)
     print(f"Every method also takes {', '.join(SETTINGS)}.")
 
 

@@ -3,44 +3,145 @@
 from __future__ import annotations
 
 import shlex
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .console import print_json, print_pairs, refusing
-from .evaluation import run_config
+from .console import UserError, print_json, print_pairs, quiet_libraries, refusing
+from .evaluation import prepare_folder, run_config
 from .request import check_writable
-from .run import check_device
+from .run import check_device, open_pipeline, stay_offline
+
+if TYPE_CHECKING:
+    from ..eval.paper import Done, Part
 
 
-def paper(out: Path, *, quick: bool = False, device: str | None = None, as_json: bool = False) -> None:
-    """Make what is missing of every size, then write all tables into one file.
+def paper(
+    out: Path,
+    *,
+    quick: bool = False,
+    names: list[str] | None = None,
+    seconds: float | None = None,
+    device: str | None = None,
+    as_json: bool = False,
+) -> None:
+    """Make what is missing of every part, then write all tables into one file.
 
     Args:
         out: folder, made or continued.
         quick: the size that a CPU makes in under a minute.
+        names: of the parts to make; None makes all. The tables show what other calls made, too.
+        seconds: about how long it may take; what it does not allow is made by the same command later.
         device: None takes the GPU when there is one.
         as_json: print files instead of a table.
     """
+    stay_offline("embedded")
     with refusing(ValueError, OSError):
-        from ..eval.paper import RUNS, TABLES, check_folder, config_of, sizes, write_tables
-        from ..eval.results import load_evaluation
+        from ..eval import paper as tables
 
-        check_folder(out)
+        tables.check_folder(out)
+    known = tables.parts(quick)
+    for name in names or ():
+        if name not in known:
+            raise UserError(f"--part {name!r} is unknown; use one of {', '.join(known)}")
     check_device(device)
+    for name, part in known.items():
+        if isinstance(part, tables.Size):
+            prepare_folder(out / tables.RUNS / name, make=False)
     with refusing(OSError, prefix=f"--out {out}: "):
         out.mkdir(parents=True, exist_ok=True)
-    check_writable(out / TABLES, argument="--out")
+    check_writable(out / tables.TABLES, argument="--out")
     words = ["dit-sparse", "eval", "paper", *(["--quick"] if quick else []), "--out", str(out)]
+    words += [word for name in names or () for word in ("--part", name)]
     words += ["--device", device] if device else []
-    done = {}
-    for name, size in sizes(quick).items():
-        folder = out / RUNS / name
-        run_config(config_of(size, device), folder, words)
-        done[name] = load_evaluation(folder)
-    with refusing(OSError, prefix=f"--out {out}: "):
-        file = write_tables(out, done, shlex.join(words), quick)
-    pages = [str(out / RUNS / name / "report.html") for name in done]
-    counts = {name: len(run.entries) for name, run in done.items()}
+    maker = _Maker(out, words, device, seconds)
+    done: dict[str, Done | str] = {}
+    for name, part in known.items():
+        done[name] = maker.make(name, part) if name in (names or known) else "not asked for"
+        with refusing(OSError, prefix=f"--out {out}: "):  # after every part: a kill leaves the tables so far
+            files = tables.write_tables(out, done, shlex.join(words), quick)
+    _tell(out, files, done, as_json)
+
+
+def _tell(out: Path, files: list[Path], done: dict[str, Done | str], as_json: bool) -> None:
+    states = {name: entry if isinstance(entry, str) else entry.state for name, entry in done.items()}
+    reports = sorted(str(path) for path in (out / "runs").glob("*/report.html"))
     if as_json:
-        print_json({"tables": str(file), "reports": pages, "clips": counts})
+        print_json({"files": [str(file) for file in files], "reports": reports, "parts": states})
     else:
-        print_pairs({"clips": sum(counts.values()), "written": [str(file), *pages]})
+        print_pairs({**states, "written": [*map(str, files), *reports]})
+
+
+class _Maker:
+    """Makes parts within the seconds that are left; a part begun last may end a little later.
+
+    Args:
+        out: folder of the command.
+        words: the command.
+        device: as given.
+        seconds: for all parts; None: as long as it takes.
+    """
+
+    def __init__(self, out: Path, words: list[str], device: str | None, seconds: float | None) -> None:
+        import torch
+
+        self.out, self.words = out, words
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._end = None if seconds is None else time.monotonic() + seconds
+        self._pipe: Any = None
+
+    def left(self) -> float | None:
+        """Seconds that are left; None without a limit."""
+        return None if self._end is None else self._end - time.monotonic()
+
+    def make(self, name: str, part: Part) -> Done | str:
+        """One part, or why it was not begun."""
+        from ..eval import paper as tables
+        from ..eval.following import Following
+
+        folder = self.out / tables.RUNS / name
+        left = self.left()
+        needs = 20 if isinstance(part, tables.Size) else part.seconds
+        if left is not None and left < needs and name != "following":
+            return f"{max(left, 0):.0f} seconds were left; the same command makes it"
+        if isinstance(part, tables.Size):
+            return self._size(part, folder, None if left is None else left * part.share)
+        with self._refusing():
+            if isinstance(part, Following):
+                from ..eval.following import PICTURE, follow
+
+                found = follow(part, folder, self.device, self._weights())
+                return tables.following_done(part, found, [f"{tables.RUNS}/{name}/{PICTURE}"])
+            pair = tables.compare_clips(part, self._pipeline(part), folder, self._weights())
+            return tables.pair_done(part, pair, [f"{tables.RUNS}/{name}/compare.{kind}" for kind in ("mp4", "jpg")])
+
+    def _size(self, size: Any, folder: Path, seconds: float | None) -> Done:
+        from ..eval import paper as tables
+        from ..eval.results import load_evaluation
+
+        run_config(tables.config_of(size, self.device), folder, self.words, seconds=seconds)
+        page = f"{tables.RUNS}/{folder.name}/report.html"
+        return tables.size_done(size, load_evaluation(folder), [page])
+
+    def _pipeline(self, pair: Any) -> Any:
+        from .. import SparseProc
+
+        return open_pipeline("embedded", self.device, SparseProc(pair.method, **pair.options))
+
+    def _weights(self) -> str:
+        from ..eval.evaluation import digest
+        from ..pipelines.load import locate
+
+        return digest(locate("embedded"))
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        import torch
+
+        from .. import SparseFallbackError
+
+        quiet_libraries()
+        with refusing(ValueError, OSError, SparseFallbackError, MemoryError, torch.OutOfMemoryError):
+            yield

@@ -7,13 +7,17 @@ the argument, so that a number never comes from frames that were not what they s
 from __future__ import annotations
 
 import math
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 
 _SLACK = 1e-3  # rounding of low-precision decoders around 0 and 1
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,39 @@ class Clip:
 
     video: torch.Tensor
     fps: float
+
+
+class OfLast(Generic[T]):
+    """Keeps what was computed of the last clip: several measures look at the same tensor, one after the other."""
+
+    def __init__(self) -> None:
+        self._video: Callable[[], torch.Tensor | None] = lambda: None
+        self._key: Any = None
+        self._value: T | None = None
+
+    def get(self, video: torch.Tensor, key: Any, make: Callable[[], T]) -> T:
+        """`make()`, or what it gave for this very tensor, unchanged since, and an equal key."""
+        full = (key, video._version)
+        if self._video() is not video or self._key != full or self._value is None:
+            self._value = make()
+            self._video, self._key = weakref.ref(video), full
+        return self._value
+
+
+# Tensors that were found to be finite and within [0, 1], and have not been written to since.
+_checked: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
+
+
+def _was_checked(video: torch.Tensor) -> bool:
+    known = _checked.get(id(video))
+    return known is not None and known[0]() is video and known[1] == video._version
+
+
+def _note_checked(video: torch.Tensor) -> torch.Tensor:
+    while len(_checked) >= 4:
+        del _checked[next(iter(_checked))]
+    _checked[id(video)] = weakref.ref(video), video._version
+    return video
 
 
 def check_clip(video: torch.Tensor, *, least: int = 1, side: int = 1, argument: str = "video") -> torch.Tensor:
@@ -58,6 +95,8 @@ def check_clip(video: torch.Tensor, *, least: int = 1, side: int = 1, argument: 
         raise ValueError(f"{argument} has {frames} frame{'s' * (frames > 1)}; this measure needs {least} or more")
     if min(height, width) < side:
         raise ValueError(f"{argument} is {width}x{height}; this measure needs sides of {side} pixels or more")
+    if _was_checked(video):
+        return video
     video = video.detach().float().cpu()
     if not bool(torch.isfinite(video).all()):
         bad = int((~torch.isfinite(video)).flatten(1).any(1).nonzero()[0])
@@ -65,7 +104,7 @@ def check_clip(video: torch.Tensor, *, least: int = 1, side: int = 1, argument: 
     low, high = float(video.min()), float(video.max())
     if low < -_SLACK or high > 1 + _SLACK:
         raise ValueError(f"{argument} has values from {low:.3g} to {high:.3g}; use numbers in [0, 1]")
-    return video.clamp(0, 1)
+    return _note_checked(video.clamp(0, 1))
 
 
 def check_pair(

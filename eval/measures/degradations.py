@@ -43,6 +43,7 @@ ANSWERS: dict[str, tuple[str, ...]] = {
     "subject_consistency_proxy": ("flicker",),
     "background_consistency_proxy": ("flicker",),
     "imaging_quality_proxy": ("noise",),
+    "colourfulness_proxy": ("drop_object",),
     "world_object_class": ("colour_shift", "drop_object"),
     "world_multiple_objects": ("colour_shift", "drop_object"),
     "world_color": ("colour_shift", "drop_object"),
@@ -51,6 +52,16 @@ ANSWERS: dict[str, tuple[str, ...]] = {
     "world_scene": ("flicker",),
     "world_camera": ("freeze",),
     "world_all": ("colour_shift", "drop_object", "freeze"),
+}
+
+# Measures that stand in no row of the table, and why: nothing is promised of them.
+NOT_PROMISED: dict[str, str] = {
+    "lpips": "AlexNet's weights are in no package; its formula is tested on random ones",
+    "dists": "VGG's weights are in no package; its formula is tested on random ones",
+    "subject_consistency": "DINO's weights are in no package; its formula is tested on random ones",
+    "background_consistency": "CLIP's weights are in no package; its formula is tested on random ones",
+    "clip_score": "CLIP's weights are in no package; its formula is tested on random ones",
+    "appearance_style": "CLIP's weights are in no package; its formula is tested on random ones",
 }
 
 

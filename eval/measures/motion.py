@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .clips import check_clip, check_fps, eight_bit
+from .clips import OfLast, check_clip, check_fps, eight_bit
 
 _SIDE = 16  # DIS flow works on patches of 8 at half the size
 _RATE = 8.0  # frames per second that VBench looks at
@@ -80,14 +80,23 @@ def _flow_lengths(video: torch.Tensor, fps: float) -> tuple[list[float], int, in
     """Mean of the longest 5 % of flow of each pair; how many frames were looked at; the shorter side; fps."""
     fps = check_fps(fps)
     step = max(1, round(fps / _RATE))
-    frames = eight_bit(check_clip(video, least=1 + step, side=_SIDE))[::step]
+    video = check_clip(video, least=1 + step, side=_SIDE)
+    lengths = _lengths.get(video, step, lambda: _longest_flow(eight_bit(video)[::step]))
+    return lengths, -(-len(video) // step), min(video.shape[2:]), fps
+
+
+_lengths: OfLast[list[float]] = OfLast()
+
+
+def _longest_flow(frames: np.ndarray) -> list[float]:
+    """Mean of the longest 5 % of flow of each pair of neighbours of (F, H, W, 3)."""
     flow = _flow()
     lengths = []
     for a, b in zip(frames[:-1], frames[1:], strict=True):
         length = np.hypot(*np.moveaxis(_between(flow, a, b), -1, 0)).ravel()
         longest = max(int(length.size * 0.05), 1)
         lengths.append(float(np.partition(length, -longest)[-longest:].mean()))
-    return lengths, len(frames), min(frames.shape[1:3]), fps
+    return lengths
 
 
 def _between(flow: Any, a: np.ndarray, b: np.ndarray) -> np.ndarray:

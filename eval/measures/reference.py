@@ -187,9 +187,10 @@ def _learned(name: str) -> Any:
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity as Network
 
         return Network(net_type="alex", normalize=True).eval()
-    from torchmetrics.image.dists import DeepImageStructureAndTextureSimilarity
+    # The network itself: torchmetrics' metric builds a new VGG for every frame.
+    from torchmetrics.functional.image.dists import DISTSNetwork
 
-    return DeepImageStructureAndTextureSimilarity().eval()
+    return DISTSNetwork().eval()
 
 
 def _torchmetrics() -> Any:

@@ -66,8 +66,8 @@ def _pair(name: str, direction: Direction, range_: str, bound: float, needs: str
 
 
 def _clip(name: str, home: Any, direction: Direction, range_: str, bound: float, needs: str, **more: Any) -> Measure:
-    more |= {"reencode_bound": bound, "dimension": name.removesuffix("_proxy")}
-    more["dimension"] = more["dimension"] if more["dimension"] in VBENCH else ""
+    dimension = more.pop("dimension", name.removesuffix("_proxy"))
+    more |= {"reencode_bound": bound, "dimension": dimension if dimension in VBENCH else ""}
     return Measure(name, "clip", direction, range_, needs, getattr(home, name), **more)
 
 
@@ -83,25 +83,36 @@ def _given(name: str, network: Literal["dino", "clip"], dimension: str, range_: 
                    dimension=dimension, network=network)
 
 
-# VBench's dimensions (arXiv 2311.17982) and, where nothing here measures one, what it would take.
+# VBench's dimensions and the network that VBench takes for each (arXiv 2311.17982).
 VBENCH: dict[str, str] = {
-    "subject_consistency": "",
-    "background_consistency": "",
-    "temporal_flickering": "",
-    "motion_smoothness": "",
-    "dynamic_degree": "",
-    "aesthetic_quality": "needs CLIP ViT-L/14 and the LAION head",
-    "imaging_quality": "",
-    "object_class": "",
-    "multiple_objects": "",
-    "human_action": "",
-    "color": "",
-    "spatial_relationship": "",
-    "scene": "",
-    "temporal_style": "",
-    "appearance_style": "",
-    "overall_consistency": "",
+    "subject_consistency": "DINO ViT-B/16",
+    "background_consistency": "CLIP ViT-B/32",
+    "temporal_flickering": "differences of frames",
+    "motion_smoothness": "AMT-S",
+    "dynamic_degree": "RAFT",
+    "aesthetic_quality": "CLIP ViT-L/14 and LAION's head",
+    "imaging_quality": "MUSIQ",
+    "object_class": "GRiT",
+    "multiple_objects": "GRiT",
+    "human_action": "UMT",
+    "color": "GRiT",
+    "spatial_relationship": "GRiT",
+    "scene": "Tag2Text",
+    "temporal_style": "ViCLIP",
+    "appearance_style": "CLIP ViT-B/32",
+    "overall_consistency": "ViCLIP",
 }
+IMPORTED = "import VBench's score"
+# A clip that stands still has the best value of these: where one is measured, so is how much the clip moves.
+FROZEN_IS_BEST = (
+    "temporal_flickering",
+    "motion_smoothness_proxy",
+    "subject_consistency_proxy",
+    "background_consistency_proxy",
+    "subject_consistency",
+    "background_consistency",
+)
+MOTION = ("dynamic_degree_proxy", "motion_magnitude_proxy")
 
 _FLOW = {"missing": motion.without_opencv}
 _NET = {"missing": features.without_features}
@@ -127,6 +138,7 @@ _ALL = (
     _given("clip_score", "clip", "", "-1 to 1", 0.02),
     _given("appearance_style", "clip", "appearance_style", "-1 to 1", 0.02),
     _clip("imaging_quality_proxy", imaging, "lower", "0 upwards", 2.0, ""),
+    _clip("colourfulness_proxy", imaging, "neither", "0 to about 200", 1.0, "", dimension="aesthetic_quality"),
     _prompt("world_object_class", "object_class"),
     _prompt("world_multiple_objects", "multiple_objects"),
     _prompt("world_color", "color"),
@@ -137,6 +149,50 @@ _ALL = (
     _prompt("world_all", "overall_consistency"),
 )
 MEASURES: dict[str, Measure] = {measure.name: measure for measure in _ALL}
+
+
+@dataclass(frozen=True)
+class Covered:
+    """What measures one of VBench's 16 dimensions here.
+
+    Attributes:
+        dimension: VBench's name.
+        takes: the network that VBench takes.
+        any_video: measures of any clip: VBench's formula exactly, or a proxy, which says so in its name.
+        world: measures of the included model's world, by its prompts.
+        network: measures on VBench's own network, for those who give its folder.
+    """
+
+    dimension: str
+    takes: str
+    any_video: tuple[str, ...]
+    world: tuple[str, ...]
+    network: tuple[str, ...]
+
+    def cells(self) -> list[str]:
+        """A row as printed; the score of VBench itself can be imported for each."""
+        groups = (self.any_video, self.world, self.network)
+        any_video, *others = (", ".join(names) for names in groups)
+        return [self.dimension, self.takes, any_video or IMPORTED, *(names or "-" for names in others)]
+
+
+def coverage() -> list[Covered]:
+    """The 16 dimensions in VBench's order, each with what measures it here."""
+    found = []
+    for dimension, takes in VBENCH.items():
+        mine = [entry for entry in MEASURES.values() if entry.dimension == dimension]
+        groups = [
+            tuple(entry.name for entry in mine if wanted == ("network" if entry.network else entry.kind))
+            for wanted in ("clip", "prompt", "network")
+        ]
+        found.append(Covered(dimension, takes, *groups))
+    return found
+
+
+def with_motion(names: Iterable[str]) -> list[str]:
+    """The names, and how much a clip moves where one of them is best for a clip that stands still."""
+    names = list(names)
+    return names + [name for name in MOTION if name not in names and not set(names).isdisjoint(FROZEN_IS_BEST)]
 
 
 def check_names(names: Iterable[str]) -> list[str]:
@@ -180,10 +236,10 @@ def measure(
     """
     from .clips import check_clip, check_fps, check_pair
 
-    check_clip(video)
+    video = check_clip(video)
     check_fps(fps)
     if reference is not None:
-        check_pair(reference, video)
+        reference, video = check_pair(reference, video)
     values: dict[str, float] = {}
     reasons: dict[str, str] = {}
     for name in check_names(MEASURES if names is None else names):

@@ -1,5 +1,7 @@
 """bench: rows for dense and sparse, and refusals."""
 
+from pathlib import Path
+
 import pytest
 
 from dit_sparse.eval.peers import Peer
@@ -39,6 +41,24 @@ def test_step(dit_sparse) -> None:
         assert word in done.out, done.out
 
 
+def test_rungs_and_profile_of_a_step(dit_sparse) -> None:
+    words = ["--model", "tiny", "--method", "radial", "--seconds", "0.01", "--device", "cpu", "--fp8", "linear"]
+    done = dit_sparse("bench", "step", *words, "--profile", "--json")
+    assert done.code == 0, done.err
+    assert [row["what"] for row in done.json["rows"]] == ["dense", "dense, fp8 linear", "radial", "radial, fp8 linear"]
+    assert all(row["profile"]["num_layers"]["matrix products"] > 0 for row in done.json["rows"])
+
+
+def test_ladder(dit_sparse, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    words = ["--grid", "2x9x10", "--heads", "1", "--head-dim", "16", "--seconds", "0.01", "--device", "cpu"]
+    done = dit_sparse("bench", "ladder", *words, "--out", str(tmp_path / "made"))
+    assert done.code == 0, done.err
+    assert {path.name for path in (tmp_path / "made").iterdir()} == {"ladder.csv", "ladder.json", "ladder.png"}
+    for word in ("PyTorch's CPU kernel", "Not measured: Hopper kernel (Gluon)", "Written: "):
+        assert word in done.out.replace("\n", " "), done.out
+
+
 def test_a_step_that_never_ran_sparse_is_refused(dit_sparse, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_args, **_options):
         raise RuntimeError("no such lane")
@@ -69,7 +89,7 @@ def test_a_kernel_of_others_that_raises_is_listed(dit_sparse, monkeypatch: pytes
 
 
 REFUSALS = {
-    "topic": (["weather"], "kernels, routing, step"),
+    "topic": (["weather"], "kernels, routing, step, ladder"),
     "misplaced": (["step", "--tokens", "64"], "--tokens"),
     "model": (["step", "--model", "gpt"], "wan-14b-720p"),
     "method": (["routing", "--method", "magic"], "radial"),
@@ -86,6 +106,10 @@ REFUSALS = {
     "dense, routing": (["routing", "--method", "dense"], "leave it out"),
     "dense, step": (["step", "--method", "dense"], "leave it out"),
     "large model": (["step", "--model", "wan-14b-720p", "--device", "cpu"], "--model tiny"),
+    "8-bit attention elsewhere": (["step", "--fp8", "attention", "--device", "cpu"], "--fp8 cannot run here"),
+    "8-bit what": (["step", "--fp8", "all"], "linear, attention, both"),
+    "misplaced rung": (["routing", "--fp8", "linear"], "--fp8"),
+    "two densities": (["ladder", "--density", "0.2", "--density", "0.3"], "takes one"),
     "kernel elsewhere": (["step", "--backend", "triton", "--method", "svg", "--device", "cpu"], "triton"),
 }
 

@@ -159,7 +159,12 @@ def test_signals_end_a_run_cleanly(tiny_folder: Path, tmp_path: Path, number: in
 def test_methods(dit_sparse) -> None:
     done = dit_sparse("methods", "--json")
     assert {"dense", "svg"} <= {method["name"] for method in done.json}
-    assert "svg" in dit_sparse("methods").out
+    for method in done.json:
+        assert {"title", "arxiv", "options", "needs"} <= set(method) and len(method["parts"]) == 5
+    text = dit_sparse("methods").out
+    assert "svg" in text and "2502.01776" in text
+    for word in ("order:", "score:", "select:", "operate:", "remember:", "needs: nothing"):
+        assert word in text
 
 
 def test_help_is_quick_and_imports_nothing_heavy() -> None:

@@ -72,6 +72,9 @@ def test_measures_are_listed(dit_sparse) -> None:
     names = {row["name"]: row for row in done.json}
     assert names["psnr"]["missing"] == "" and names["world_scene"]["dimension"] == "scene"
     assert "temporal_flickering" in dit_sparse("eval", "measures").out
+    rows = dit_sparse("eval", "measures", "--dimensions", "--json").json
+    assert len(rows) == 16 and all(row["any_video"] or row["world"] or row["network"] for row in rows)
+    assert "import VBench's score" in dit_sparse("eval", "measures", "--dimensions").out
 
 
 def test_blind_spots_are_printed(dit_sparse) -> None:
@@ -81,8 +84,72 @@ def test_blind_spots_are_printed(dit_sparse) -> None:
     assert done.code == 0, done.err
     row = next(line for line in done.out.splitlines() if "temporal_flickering" in line)
     assert "BLIND" in row and "falls" in row
+    # measures on networks that are in no package stand below the table, with the reason
+    assert "nothing promised" in done.out and "clip_score: CLIP's weights are in no package" in done.out
     found = dit_sparse(*words, "--json").json
     assert "freeze" in found["blind"]["temporal_flickering"] and len(found["values"]["psnr"]["blur"]) == 4
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> Path:
+    """Files of every kind that people have."""
+    import av
+    import torch
+
+    from dit_sparse.eval.measures.degradations import PROMPTS, draw
+    from dit_sparse.pipelines.video_io import write_video
+
+    video = draw(PROMPTS[0], 5, 64).video
+    write_video(tmp_path / "a.mp4", video, 8)
+    write_video(tmp_path / "b.mp4", (video + 0.1 * torch.randn_like(video)).clamp(0, 1), 8)
+    write_video(tmp_path / "slow.mp4", video, 4)
+    write_video(tmp_path / "short.mp4", video[:3], 8)
+    write_video(tmp_path / "one.mp4", video[:1], 8)
+    write_video(tmp_path / "portrait.mp4", video[..., :48], 8)
+    frames = (video * 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
+    for name, kind in (("ten.mkv", "yuv444p10le"), ("alpha.mkv", "bgra")):
+        with av.open(str(tmp_path / name), "w") as container:
+            stream = container.add_stream("ffv1", rate=8)
+            stream.height, stream.width, stream.pix_fmt = 64, 64, kind
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format=kind)))
+            container.mux(stream.encode())
+    (tmp_path / "text.mp4").write_text("no video")
+    return tmp_path
+
+
+def test_any_file_is_measured(dit_sparse, videos: Path) -> None:
+    words = ["--measure", "psnr", "--measure", "temporal_flickering"]
+    done = dit_sparse("eval", "clip", "b.mp4", "a.mp4", *words, "--json")
+    assert done.code == 0, done.err
+    assert 15 < done.json["values"]["psnr"] < 25 and done.json["fps"] == 8
+    # how much it moves stands beside what a frozen clip is best at
+    assert {"motion_magnitude_proxy", "dynamic_degree_proxy"} <= {*done.json["values"], *done.json["reasons"]}
+    ten = dit_sparse("eval", "clip", "ten.mkv", "a.mp4", "--measure", "psnr", "--json")
+    assert ten.json["values"]["psnr"] > 30, ten.err
+    portrait = dit_sparse("eval", "clip", "portrait.mp4", "--measure", "colourfulness_proxy", "--json").json
+    assert (portrait["height"], portrait["width"]) == (64, 48) and portrait["values"]
+    one = dit_sparse("eval", "clip", "one.mp4", "--measure", "temporal_flickering")
+    assert one.code == 0 and "1 frame; this measure needs 2" in one.out
+
+
+BAD_FILES = {
+    "missing": (["none.mp4"], "none.mp4 is not a file; give a video"),
+    "no video": (["text.mp4"], "text.mp4 cannot be read as a video"),
+    "wrong fps": (["a.mp4", "--fps", "30"], "a.mp4 has 8 frames per second; fps=30 was asked for"),
+    "other fps": (["a.mp4", "slow.mp4"], "slow.mp4 has 4 frames per second; fps=8 was asked for"),
+    "no fps": (["a.mp4", "--fps", "0"], "fps=0.0 is not allowed"),
+    "lengths": (["short.mp4", "a.mp4"], "video is 64x64 with 3 frames and reference 64x64 with 5"),
+    "sizes": (["portrait.mp4", "a.mp4"], "video is 48x64 with 5 frames and reference 64x64"),
+    "alpha": (["alpha.mkv"], "alpha.mkv has an alpha channel"),
+    "measure": (["a.mp4", "--measure", "pnsr"], "'pnsr' is unknown"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_files_are_refused_by_name(dit_sparse, videos: Path, case: str) -> None:
+    words, match = BAD_FILES[case]
+    assert match in dit_sparse("eval", "clip", *words).refusal()
 
 
 WRONG = {

@@ -1,15 +1,21 @@
 """Recall, error and cosine of single calls against attention written out, and on a pipeline."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 
 from dit_sparse import SparseProc
 from dit_sparse.blockmask import BlockLayout, BlockMask
 from dit_sparse.eval.attention import NAMES, attention_quality, grids, look, means
+from dit_sparse.eval.config import CEILING
 from dit_sparse.grid import TokenGrid
 from dit_sparse.inspect import planted_call
-from dit_sparse.kernels.attention import dense_attention
+from dit_sparse.kernels.attention import block_sparse_attention, dense_attention
 from dit_sparse.methods import build
+from dit_sparse.methods.base import Call, Plan
+from dit_sparse.methods.radial import Radial
 from dit_sparse.routing import listed_mass
 from tests.tiny_wan import build_tiny_wan
 
@@ -127,6 +133,66 @@ def test_more_density_more_recall_less_error(pipe) -> None:
     assert found[0]["density"] < found[1]["density"] < found[2]["density"]
     assert found[0]["recall"] < found[1]["recall"] < found[2]["recall"]
     assert found[0]["relative_error"] > found[1]["relative_error"] > found[2]["relative_error"]
+
+
+def test_the_noise_ceiling_is_dense_by_another_kernel() -> None:
+    """Everything is kept, and still the numbers differ in their last digits: that is the noise."""
+    own = {name: value for name, value in CEILING.options.items() if not name.startswith("dense_")}
+    grid = TokenGrid(3, 16, 16)
+    query, key, value = (torch.randn(1, grid.tokens, 2, 64) for _ in range(3))
+    plan = build(CEILING.name, **own).plan(Call(query, key, value, grid, 64**-0.5))
+    assert float(plan.mask.density()) == 1
+    out, _ = block_sparse_attention(query, key, value, plan.mask, scale=64**-0.5)
+    away = (out - dense_attention(query, key, value, scale=64**-0.5)[0]).abs().max()
+    assert 0 < away < 1e-5
+    assert {CEILING.options[f"dense_{part}"] for part in ("steps", "layers", "last_steps")} == {0}  # every call
+
+
+@dataclass(frozen=True)
+class Watching(Radial):
+    """Notes what it is shown of dense calls, and wants to have been shown them before it plans."""
+
+    name: ClassVar[str] = "watching"
+    observes: ClassVar[bool] = True
+    shown: ClassVar[list] = []
+
+    def observe(self, call, out, lse) -> None:
+        Watching.shown.append((call.layer, call.step, call.branch))
+        call.state.keep("out", out.mean())
+
+    def plan(self, call) -> Plan:
+        assert call.state.age("out") == call.step
+        return super().plan(call)
+
+
+def test_a_look_shows_a_method_the_dense_calls_as_a_run_does(pipe) -> None:
+    from dit_sparse import disable, enable
+    from dit_sparse.pipelines.text_to_video import text_to_video
+
+    proc = SparseProc(Watching(), dense_steps=1, dense_layers=0)
+    calls = look(pipe, "a red circle", proc, shape=SHAPE)
+    seen = list(Watching.shown)
+    assert {call["kind"] for call in calls} == {"dense", "sparse"}
+    Watching.shown.clear()
+    enable(pipe, proc)
+    try:
+        text_to_video(pipe, "a red circle", **SHAPE)
+    finally:
+        disable(pipe)
+    assert Watching.shown == seen == [(layer, 0, branch) for branch in ("cond", "uncond") for layer in range(2)]
+
+
+def test_recall_is_of_the_masks_pairs_however_the_operator_computes_them() -> None:
+    query, key, value = activations()
+    mask = random_mask(150, 3, 2)
+
+    def twice(mask, attend):
+        out, lse = attend(query, key - 1, value, mask)
+        attend(query[:, :10], key, value, BlockMask.full(*(BlockLayout.raster(n, 64, "cpu") for n in (10, 150))))
+        return out, lse
+
+    plain = attention_quality(query, key, value, mask, 0.25)
+    torch.testing.assert_close(attention_quality(query, key, value, mask, 0.25, operate=twice).recall, plain.recall)
 
 
 def test_maps_and_means() -> None:

@@ -12,8 +12,11 @@ import pytest
 from dit_sparse.eval import evaluation
 from dit_sparse.eval.config import parse_config
 from dit_sparse.eval.evaluation import EvaluationWork, digest, evaluate, jobs_of
+from dit_sparse.eval.measures.table import coverage
 from dit_sparse.eval.report import page, write_report
 from dit_sparse.eval.results import compare_runs, load_evaluation
+from dit_sparse.eval.tables import speed
+from tests.browser import find_browser
 from tests.tiny_wan import build_tiny_wan
 
 SHAPE = {"frames": 5, "height": 64, "width": 64, "steps": 2, "guidance_scale": 1.0}
@@ -50,6 +53,9 @@ def test_a_run_leaves_everything(folder: Path) -> None:
     dense, svg = (run.of(label)[0]["result"] for label in ("dense", "svg"))
     assert "psnr" not in dense["values"] and 0 < svg["values"]["psnr"] <= 100
     assert len(svg["latent_errors"]) == 2 and dense["latent_errors"] == []
+    # the untouched model's attention, from two timed steps: the same operations as the dense equivalent
+    assert dense["flops_computed"] == dense["flops_dense_equivalent"] == svg["flops_dense_equivalent"]
+    assert dense["attention_seconds"] > 0
     assert svg["flops_computed"] == pytest.approx(svg["density"] * svg["flops_dense_equivalent"])
     assert {layer: set(row) for layer, row in svg["density_map"].items()} == {"0": {"0", "1"}, "1": {"0", "1"}}
     means = {layer: sum(row.values()) / len(row) for layer, row in svg["density_map"].items()}
@@ -101,6 +107,24 @@ def test_an_unfinished_run_can_be_looked_at(folder: Path, tmp_path: Path) -> Non
     shutil.rmtree(tmp_path / "part" / "videos" / "svg")
     text = write_report(tmp_path / "part").read_text()
     assert "7 of 9 clips are missing" in text
+
+
+def test_the_table_of_speed_keeps_computed_and_dense_equivalent_apart(folder: Path) -> None:
+    run = load_evaluation(folder)
+    rows = [dict(zip(speed(run).columns, row, strict=True)) for row in speed(run).rows]
+    assert [row["method"] for row in rows] == ["dense", "svg", "radial-1"]
+    for row in rows:
+        assert row["seconds a step"] == pytest.approx(row["seconds a clip"].mean / 2) and row["fallbacks"] == 0
+        done, dense = (float(row[f"attention TFLOP {name}"]) for name in ("computed", "dense-equivalent"))
+        assert done == pytest.approx(dense * row["density"].mean, rel=1e-2)
+        assert row["in attention"].endswith(" %")
+    assert [row["in masks"] is None for row in rows] == [True, False, False]
+    assert {"peak memory", "speed-up"} <= set(rows[0])
+    # bytes are told where a GPU counted them
+    for entry in run.of("svg"):
+        entry["result"]["peak_bytes"] = 3 * 2**29
+    at = speed(run).columns.index("peak memory")
+    assert [row[at] for row in speed(run).rows] == [None, "1.50 GiB", None]
 
 
 def test_other_settings_are_other_jobs(tmp_path: Path) -> None:
@@ -157,6 +181,21 @@ def test_comparison_is_paired(tmp_path: Path) -> None:
     assert {d.says for d in compare_runs(str(a), str(few))} == {"too few prompts"}
 
 
+def test_frozen_clips_never_win(tmp_path: Path) -> None:
+    """B flickers less and is smoother because it moves less: nothing is better, and the note says why."""
+    a, b = (made_run(tmp_path / name, 0, 0) for name in ("a", "b"))
+    for place, flickering, motion in ((a, 0.95, 0.5), (b, 1.0, 0.0)):
+        lines = [json.loads(line) for line in (place / "results.jsonl").read_text().splitlines()]
+        for line in lines:
+            line["result"]["values"] |= {"temporal_flickering": flickering, "motion_magnitude_proxy": motion}
+        (place / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = {d.name: d for d in compare_runs(str(a), str(b))}
+    assert rows["temporal_flickering"].says == "higher" and rows["motion_magnitude_proxy"].says == "lower"
+    assert rows["temporal_flickering"].better == "" and rows["temporal_flickering"].note == "B moves less"
+    back = {d.name: d for d in compare_runs(str(b), str(a))}["temporal_flickering"]
+    assert (back.says, back.better, back.note) == ("lower", "", "A moves less")
+
+
 def test_two_methods_of_a_run_are_compared(folder: Path) -> None:
     found = compare_runs(f"{folder}:svg", f"{folder}:radial-1")
     assert {d.label for d in found} == {"svg / radial-1"} and {"psnr", "seconds"} <= {d.name for d in found}
@@ -169,6 +208,8 @@ def test_page_is_self_contained_and_escaped(folder: Path) -> None:
     links = re.findall(r"(?:src|href|srcset|action)\s*=\s*['\"]([^'\"]{0,40})", text)
     assert links and all(link.startswith("data:") for link in links)
     assert "url(" not in text and "@import" not in text and "<script" not in text
+    assert all(f"<td>{row.dimension}</td>" in text for row in coverage())
+    assert "What was not measured" in text and "161 pixels" in text
     for part in ("Speed against fidelity", "Density by layer", "Density by layer and step", "Quality by dimension",
                  "Attention against dense attention", "Clips"):
         assert f"<h2>{part}</h2>" in text
@@ -187,16 +228,10 @@ addEventListener('load', () => setTimeout(() => {
   document.body.appendChild(p); }, 1500));</script>"""
 
 
-def browser() -> str:
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        pytest.skip("needs a browser: sudo apt install chromium")
-    return found
-
-
 def headless(folder: Path, *words: str) -> subprocess.CompletedProcess:
-    command = [browser(), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr",
-               f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=8000", "--window-size=1100,2600", *words]
+    command = [find_browser(), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+               "--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=8000",
+               "--window-size=1100,2600", *words]
     return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=120,
                           env={**os.environ, "HOME": str(folder)})
 

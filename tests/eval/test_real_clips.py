@@ -84,6 +84,22 @@ def test_measures_take_photographs_and_encoding_them_well_changes_little() -> No
     assert not {n: (m, MEASURES[n].reencode_bound) for n, m in moved.items() if m > MEASURES[n].reencode_bound}
 
 
+FILMED = {"bikes": (272, 640), "world": (270, 480)}  # as they were filmed: nothing is scaled
+
+
+@pytest.mark.parametrize("name", FILMED)
+def test_niqe_of_photographs_answers_to_noise_and_encoding_moves_it_little(name: str) -> None:
+    niqe = MEASURES["imaging_quality_proxy"]
+    video = real_clip(name, *FILMED[name], 3)
+    noisy = (video + 0.08 * torch.randn_like(video)).clamp(0, 1)
+    clean, worse, after, again = (niqe.compute(x) for x in (video, noisy, reencode(video), reencode(noisy)))
+    assert clean < 22 and worse > clean + 4  # as its docstring says
+    assert abs(after - clean) <= niqe.reencode_bound and abs(again - worse) <= niqe.reencode_bound
+    # a smooth picture has lost what NIQE looks at: there the bound is 10
+    smooth = torch.nn.functional.avg_pool2d(video, 3, 1, 1)
+    assert abs(niqe.compute(reencode(smooth)) - niqe.compute(smooth)) <= 10
+
+
 def test_passing_riders_move_and_a_frozen_clip_does_not() -> None:
     if MEASURES["dynamic_degree_proxy"].unmet():
         pytest.skip(MEASURES["dynamic_degree_proxy"].unmet())

@@ -1,6 +1,7 @@
 """Each measure against its definition, and what is refused."""
 
 import math
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from dit_sparse.eval.measures import features, motion, reference, table
 from dit_sparse.eval.measures.clips import read_clip
-from dit_sparse.eval.measures.table import MEASURES, VBENCH, measure
+from dit_sparse.eval.measures.table import FROZEN_IS_BEST, MEASURES, VBENCH, coverage, measure, with_motion
 from dit_sparse.pipelines.video_io import write_video
 
 PROMPT = "a large red star moving right on a black background"
@@ -115,13 +116,69 @@ def test_drifts_and_latents() -> None:
 
 
 def test_table_is_complete() -> None:
-    assert {entry.dimension for entry in MEASURES.values()} - {""} == {n for n, why in VBENCH.items() if not why}
-    assert len(VBENCH) == 16
+    assert {entry.dimension for entry in MEASURES.values()} - {""} == set(VBENCH) and len(VBENCH) == 16
     for name, entry in MEASURES.items():
         assert entry.name == name and entry.range and entry.compute.__doc__
         networks = entry.kind == "clip" and name not in ("temporal_flickering",) and not entry.network
         assert name.endswith("_proxy") == networks
         assert entry.reencode_bound > 0 or entry.range == "0 or 1"
+
+
+def test_no_dimension_of_vbench_is_silently_missing() -> None:
+    from dit_sparse.eval.vbench import DIMENSIONS
+
+    rows = {row.dimension: row for row in coverage()}
+    assert list(rows) == list(VBENCH) and set(rows) == set(DIMENSIONS)
+    for row in rows.values():
+        assert row.any_video or row.world or row.network
+        cells = row.cells()
+        assert len(cells) == 5 and all(cells)
+        # a stand-in says so wherever it appears; what has no stand-in is imported
+        stand_ins = [name for name in row.any_video if name not in ("temporal_flickering",)]
+        assert all(name.endswith("_proxy") for name in stand_ins)
+        assert ("import" in cells[2]) == (not row.any_video)
+    on_world = {name for name, row in rows.items() if row.world}
+    assert on_world >= {"object_class", "multiple_objects", "color", "spatial_relationship", "human_action", "scene"}
+    assert rows["aesthetic_quality"].any_video == ("colourfulness_proxy",)
+
+
+def test_the_guide_lists_every_dimension_with_what_measures_it() -> None:
+    guide = (Path(__file__).resolve().parents[3] / "docs" / "evaluation.md").read_text()
+    for row in coverage():
+        line = next(line for line in guide.splitlines() if line.startswith(f"| `{row.dimension}`"))
+        cells = [cell.strip() for cell in line.strip("|").replace("`", "").split("|")]
+        assert cells == row.cells()
+
+
+def test_colourfulness_is_hasler_and_suesstruncks() -> None:
+    assert call("colourfulness_proxy", torch.full((2, 3, 8, 8), 0.4)) == 0
+    frame = torch.zeros(1, 3, 8, 8)
+    frame[:, 0, :, :4], frame[:, 2, :, 4:] = 1, 1  # half red, half blue
+    # rg = 255, 0 and yb = 127.5, -255: deviations 127.5 and 191.25, means 127.5 and -63.75
+    want = math.hypot(127.5, 191.25) + 0.3 * math.hypot(127.5, 63.75)
+    assert call("colourfulness_proxy", frame) == pytest.approx(want, rel=1e-5)
+    pale = frame * 0.2 + 0.4
+    assert call("colourfulness_proxy", pale) == pytest.approx(0.2 * want, rel=1e-4)
+
+
+def test_a_frozen_clip_is_best_at_these_and_motion_stands_beside() -> None:
+    can("subject_consistency_proxy", "motion_smoothness_proxy", "dynamic_degree_proxy")
+    video = clip(5, 64, 64)
+    names = [name for name in FROZEN_IS_BEST if not MEASURES[name].network]
+    still, moving = (measure(x, names=names)[0] for x in (video[:1].expand_as(video), video))
+    for name in names:
+        assert still[name] == pytest.approx(1, abs=1e-4) and still[name] > moving[name]
+        assert with_motion([name]) == [name, "dynamic_degree_proxy", "motion_magnitude_proxy"]
+    assert with_motion(["psnr"]) == ["psnr"]
+
+
+def test_a_clip_that_was_looked_at_is_looked_at_again_when_it_changes() -> None:
+    video = clip(3)
+    values, _ = measure(video, names=["temporal_flickering", "colourfulness_proxy"])
+    assert measure(video, names=list(values))[0] == values
+    video[1] = math.nan
+    with pytest.raises(ValueError, match="frame 1"):
+        measure(video, names=["temporal_flickering"])
 
 
 BAD = {
@@ -234,6 +291,19 @@ def test_files(tmp_path: Path) -> None:
     assert ten.shape == video.shape and float((ten - video).abs().mean()) < 0.02
     with pytest.raises(ValueError, match="alpha channel"):
         read_clip(write(tmp_path / "alpha.mkv", video, "ffv1", "bgra"))
+
+
+def test_a_clip_that_a_phone_took_upright_is_turned(tmp_path: Path) -> None:
+    """The file holds 64x48 and says that players turn it: it is measured as people see it, 48x64."""
+    program = pytest.importorskip("imageio_ffmpeg").get_ffmpeg_exe()
+    video = clip(3, 48, 64)
+    write_video(tmp_path / "flat.mp4", video, 8)
+    words = [program, "-display_rotation", "90", "-i", "flat.mp4", "-c", "copy", "upright.mp4"]
+    assert subprocess.run(words, cwd=tmp_path, capture_output=True).returncode == 0
+    flat, upright = (read_clip(tmp_path / f"{name}.mp4").video for name in ("flat", "upright"))
+    assert upright.shape == (3, 3, 64, 48)
+    assert torch.equal(upright, flat.rot90(1, (2, 3)))  # a quarter to the left, as -display_rotation 90 says
+    assert measure(upright, reference=upright, names=["psnr", "ssim"])[0] == {"psnr": 100, "ssim": pytest.approx(1)}
 
 
 def test_directions() -> None:
