@@ -66,7 +66,7 @@ run_pip() {
 setup_environment() {
     level=$1
     extras=
-    [ "$level" = run ] || extras=dev,eval
+    [ "$level" = run ] || extras=dev,eval,app
     # PyTorch's build for CUDA comes with its own Triton; the extra makes sure of it.
     if command -v nvidia-smi >/dev/null 2>&1; then extras=${extras:+$extras,}gpu; fi
     if is_ready; then return; fi

@@ -180,7 +180,7 @@ def test_tests_share_the_environment_and_add_to_it(machine: Machine) -> None:
     assert tests.returncode == 0, tests.stderr
     assert tests.stdout.startswith("pytest: ") and tests.stdout.endswith("tests/cli -x\n")
     assert machine.calls() == ["venv", "pip", "pip"]
-    assert "[dev,eval]" in machine.log.read_text()
+    assert "[dev,eval,app]" in machine.log.read_text()
     machine.run()
     machine.run(script="run-tests")
     assert machine.calls() == ["venv", "pip", "pip"]
