@@ -29,12 +29,15 @@ app = typer.Typer(
 
 Prompt = Annotated[str | None, typer.Argument(help="What to show; left out, the model's first example.")]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
-Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
-Size = Annotated[str | None, typer.Option(help="256, 320x192 (width x height) or 512x512x33 (and frames).")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps; the included model's own: 20.")]
+Size = Annotated[
+    str | None,
+    typer.Option(help="256, 320x192 (width x height), 512x512x33 (and frames); the included model's own: 256x256x17."),
+]
 Frames = Annotated[int | None, typer.Option(help="Frames of the clip; 1 makes an image.")]
-Guidance = Annotated[float | None, typer.Option(help="Guidance scale; 1 switches guidance off.")]
-MethodName = Annotated[str | None, typer.Option(help="Sparse method, see `dit-sparse methods`; `dense` is none.")]
-Density = Annotated[float | None, typer.Option(help="Share of the attention that is computed, in (0, 1].")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale; 1: none; the included model's own: 3.")]
+MethodName = Annotated[str | None, typer.Option(help="See `dit-sparse methods`; else svg; `dense` is none.")]
+Density = Annotated[float | None, typer.Option(help="Share of the attention that is computed, in (0, 1]; svg: .25.")]
 Options = Annotated[
     list[str] | None, typer.Option("--option", "-o", help="Option of the method, as name=value; may be repeated.")
 ]

@@ -18,8 +18,8 @@ from .methods.base import Call, Method
 from .operators import Drop
 from .tilecount import TileReport, simulate_gna
 
-__all__ = ["InspectReport", "TileReport", "block_colours", "draw_mask", "inspect_method", "planted_call",
-           "simulate_gna", "token_colours"]
+__all__ = ["InspectReport", "TileReport", "allowed_pairs", "block_colours", "draw_mask", "inspect_method",
+           "planted_call", "simulate_gna", "token_colours"]
 
 HEADS = ("looks at its own frame", "looks at its own place", "looks nowhere in particular")
 PANEL, SAMPLES, MARGIN, CAPTION = 480, 4, 12, 34

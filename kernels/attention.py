@@ -1,9 +1,9 @@
 """`block_sparse_attention`: checks the call, chooses a backend and runs it as one operator that compilers do not open.
 
 Backends, fastest first: "hopper" (Gluon kernel for Hopper GPUs), "triton" (portable GPU kernel), "cpu" (pieces by
-PyTorch's own CPU kernel), "pieces" (the same cut on any other device), "reference" (the formula). "fp8" computes
-products in 8-bit floats on Hopper GPUs and runs only when asked for by name: it is faster and less exact. Importing
-this module needs neither triton nor a GPU.
+PyTorch's own CPU kernel), "pieces" (the same cut on any other device), "reference" (the formula). "int8" and "fp8"
+compute products in 8 bits on Hopper GPUs and run only when asked for by name: they are faster and less exact.
+Importing this module needs neither triton nor a GPU.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Environment variables that keep a backend from being chosen by itself, when set to one of _OFF; by name it still runs.
 _SWITCHES = {"hopper": "DIT_SPARSE_HOPPER"}
 _OFF = ("0", "false", "off")
-_BY_NAME_ONLY = ("fp8",)  # not as exact as the dtype asked for
+_BY_NAME_ONLY = ("int8", "fp8")  # not as exact as the dtype asked for
 
 # Kinds of calls that the Hopper kernel failed to start for, with the error: they run on the portable kernel since.
 _failed: dict[tuple[object, ...], str] = {}
@@ -370,6 +370,8 @@ _BACKENDS = (
     Backend("cpu", "pieces by PyTorch's CPU kernel", _cpu_reasons, _run_pieces, lambda: ""),
     Backend("pieces", "pieces by matrix products, any device, slow", _pieces_reasons, _run_pieces, lambda: ""),
     Backend("reference", "the formula, small sizes", _none, _run_reference, lambda: ""),
-    Backend("fp8", "Hopper kernel in 8-bit floats (Gluon)", fp8.fp8_reasons, fp8.block_sparse_attention_fp8,
-            hopper_plan.missing),
+    Backend("int8", "Hopper kernel in 8 bits: INT8 queries and keys, e4m3 weights and values (Gluon)", fp8.fp8_reasons,
+            functools.partial(fp8.block_sparse_attention_fp8, scores="int8"), hopper_plan.missing),
+    Backend("fp8", "Hopper kernel in 8 bits: all in e4m3 (Gluon)", fp8.fp8_reasons,
+            functools.partial(fp8.block_sparse_attention_fp8, scores="e4m3"), hopper_plan.missing),
 )

@@ -1,9 +1,12 @@
-"""Block-sparse attention forward with LSE in 8-bit floats (e4m3) for Hopper GPUs: quantise, then one kernel.
+"""Block-sparse attention forward with LSE in 8 bits for Hopper GPUs: quantise, then one kernel.
 
-The kernel is `fp8_kernel`, what it reads is made by `quantise`. Twice the matrix rate of bf16, at an error of a few per
-cent: on white noise with scores of unit variance, queries, keys, weights and values are each rounded by at most 2^-4 of
-themselves, together 2 * 2^-4 / sqrt(3) = 7 % (root mean square, relative to the output). Importing this module needs
-neither triton nor a GPU.
+The kernel is `fp8_kernel`, what it reads is made by `quantise`. Weights and values are 8-bit floats (e4m3); queries and
+keys are e4m3 or 8-bit integers (INT8), as `scores` says. Both have twice the matrix rate of bf16, at an error of a few
+per cent. In e4m3 queries, keys, weights and values are each rounded by at most 2^-4 of themselves: on white noise with
+scores of unit variance together by 2 * 2^-4 / sqrt(3) = 7 % (root mean square, relative to the output). INT8 rounds
+queries and keys by at most a 254th of the largest in their block of 128: by less than e4m3 where numbers are more than
+a sixteenth of the largest, by more where they are smaller. `python -m dit_sparse.eval.eight_bits` compares both.
+Importing this module needs neither triton nor a GPU.
 """
 
 from __future__ import annotations
@@ -16,11 +19,13 @@ from torch import Tensor
 
 from .blocks import Blocks
 from .hopper_plan import Plan, hopper_reasons, make_plan
-from .quantise import BLOCK, Quantised, dequantise, quantise, quantise_reference
+from .quantise import BLOCK, Quantised, dequantise, quantise, quantise_reference, stored_dtype
 from .reference import attention_reference
 
 __all__ = ["attend", "block_sparse_attention_fp8", "block_sparse_fp8_reference", "fp8_plan", "fp8_reasons"]
 
+# What queries and keys are rounded to unless a call says it: a name of `quantise.SCORES`.
+SCORES = "e4m3"
 # Blocks of keys, and of values, in flight: with queries and outputs they take 176 of 227 kB of shared memory.
 STAGES = 4
 
@@ -45,23 +50,25 @@ def fp8_plan(blocks: Blocks, key_tokens: int, head_dim: int, value_dim: int) -> 
 
 
 def block_sparse_attention_fp8(
-    query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float
+    query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float, *, scores: str = SCORES
 ) -> tuple[Tensor, Tensor]:
-    """Block-sparse attention whose products are computed in e4m3.
+    """Block-sparse attention whose products are computed in 8 bits.
 
     Args:
         query (B, Lq, H, D), key (B, Lk, H, D), value (B, Lk, H, Dv): bfloat16 or float16, any strides; D and Dv
             multiples of 8 up to 128.
         blocks: which key blocks each query block computes, blocks of 128; any order, window and key mask.
         scale: factor of the scores, positive.
+        scores: what queries and keys are rounded to, "e4m3" or "int8". Weights and values are e4m3.
 
     Returns:
         out (B, Lq, H, Dv) in the query's dtype, LSE (B, H, Lq) float32, natural log. Queries without a key give 0 and
         -inf.
 
     Raises:
-        ValueError: when the kernel cannot run the call, with what is allowed.
+        ValueError: when the kernel cannot run the call, or for another name of `scores`, with what is allowed.
     """
+    stored_dtype(scores)
     if reasons := fp8_reasons(query, key, value, blocks):
         raise ValueError(f"fp8 attention cannot run this call: {'; '.join(reasons)}")
     B, Lq, H, _ = query.shape
@@ -70,7 +77,7 @@ def block_sparse_attention_fp8(
         out = torch.zeros(B, Lq, H, DV, dtype=query.dtype, device=query.device)
         return out, torch.full((B, H, Lq), -torch.inf, device=query.device)
     plan = fp8_plan(blocks, Lk, query.shape[3], DV)
-    quantised = quantise(query, key, value, blocks, scale, plan.key_ok)
+    quantised = quantise(query, key, value, blocks, scale, plan.key_ok, scores)
     return attend(quantised, blocks, plan, scale, Lq, query.dtype)
 
 
@@ -81,7 +88,7 @@ def attend(
     """Attention over what `quantise` made.
 
     Args:
-        quantised: the activations.
+        quantised: the activations; the type of queries and keys decides how scores are computed.
         blocks, scale: as they were quantised with. plan: `fp8_plan` of the call.
         query_tokens: Lq. dtype: of the output, bfloat16 or float16.
 
@@ -120,7 +127,7 @@ def launch(
     index = blocks.query_index
 
     def describe(x: Tensor, box: list[int]) -> TensorDescriptor:
-        layout = gl.NVMMASharedLayout.get_default_for(box, gl.float8e4nv)
+        layout = gl.NVMMASharedLayout.get_default_for(box, gl.int8 if x.dtype == torch.int8 else gl.float8e4nv)
         return TensorDescriptor.from_tensor(x.flatten(0, 1), box, layout)
 
     index_strides, flag_strides = ((0, 0) if x is None else _broadcast_strides(x)[:2] for x in (index, plan.flags))
@@ -140,18 +147,19 @@ def launch(
 
 
 def block_sparse_fp8_reference(
-    query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float, quantised: Quantised | None = None
+    query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float, quantised: Quantised | None = None, *,
+    scores: str = SCORES
 ) -> tuple[Tensor, Tensor]:
     """The twin: attention in float32 over what the rounded numbers stand for; weights are not rounded.
 
     Args:
-        query, key, value, blocks, scale: as for `block_sparse_attention_fp8`, on any device, small sizes.
+        query, key, value, blocks, scale, scores: as for `block_sparse_attention_fp8`, on any device, small sizes.
         quantised: the rounded numbers, None: by `quantise_reference`.
 
     Returns:
         out (B, Lq, H, Dv) and LSE (B, H, Lq), float32.
     """
-    quantised = quantised or quantise_reference(query, key, value, blocks, scale)
+    quantised = quantised or quantise_reference(query, key, value, blocks, scale, scores=scores)
     q, k, v, shift = dequantise(quantised, blocks, query.shape[3])
     out, lse = attention_reference(q, k, v, blocks.token_mask(), scale, blocks.key_mask)
     return out, lse + shift

@@ -1,9 +1,10 @@
-"""The Gluon kernel of `fp8`: block-sparse attention forward with LSE on e4m3 numbers, for compute capability 9.0.
+"""The Gluon kernel of `fp8`: block-sparse attention forward with LSE on 8-bit numbers, for compute capability 9.0.
 
 Roles and lists are those of `hopper_kernel`: a producer warp, two consumer groups of 64 queries each, whole blocks
 first, boundary blocks with their tests last. The order of a step differs: weights of 8 bits carried across a loop's end
-are kept one to a register and put together by byte shuffles, so the scores are carried instead, in float32. Imported
-only when used: importing this module needs triton 3.6 or later.
+are kept one to a register and put together by byte shuffles, so the scores are carried instead: in float32, or in int32
+where queries and keys are int8, which is known when the kernel is compiled. Imported only when used: importing this
+module needs triton 3.6 or later.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -29,6 +30,10 @@ __all__ = ["MAX_REGISTERS", "attention_kernel"]
 BN = gl.constexpr(128)
 # Weights are at most 2^8, below the 448 of e4m3: those down to 2^-14 of the largest keep all their bits.
 WEIGHT_BITS = gl.constexpr(8.0)
+# 1.5 * 2^23 and its bits: as integers, bits + i are those of 12582912 + i, while |i| < 2^22. Scores are at most
+# 128 * 127 * 127 < 2^21.
+MAGIC = gl.constexpr(12582912.0)
+MAGIC_BITS = gl.constexpr(0x4B400000)
 
 
 @gluon.jit
@@ -58,15 +63,46 @@ def _produce(Q, K, V, memory, lists, strides, H, NQ, WIDTH: gl.constexpr, STAGES
 
 
 @gluon.jit
+def _product(query, k_shared, S_LAYOUT: gl.constexpr):
+    """Starts the scores of 64 queries and one block of keys: float32, or int32 where both are int8."""
+    zeros = gl.zeros([ROWS, BN], gl.int32 if query.dtype == gl.int8 else gl.float32, S_LAYOUT)
+    return warpgroup_mma(query, k_shared.permute((1, 0)), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _as_float(score, factor):
+    """The scores of a block that is tested next, in float32, and the factor that they lack.
+
+    int32 scores get theirs before the tests: it is NaN where activations were not finite, and what a query does not see
+    must stay -inf.
+    """
+    if score.dtype == gl.int32:
+        return score.to(gl.float32) * factor, 1.0
+    else:
+        return score, factor
+
+
+@gluon.jit
 def _weights(score, factor, top, total, TESTED: gl.constexpr):
-    """Weights 2^8 exp2(factor * score - new top), the factor that shrinks what came before, new top and new total."""
-    new_top = gl.maximum(top, gl.max(score, 1) * factor)
+    """Weights 2^8 exp2(factor * score - new top), the factor that shrinks what came before, new top and new total.
+
+    int32 scores: their maximum is one of integers, of which an instruction takes three. They are not converted: one
+    addition makes the bits of MAGIC + score, and MAGIC goes into the multiply-add that there is. Rounding
+    MAGIC * factor, and what it is subtracted from, moves all weights of a query and a block alike, by less than a score
+    two larger would: 2^-24 of either is below .9 * factor.
+    """
+    new_top = gl.maximum(top, gl.max(score, 1).to(gl.float32) * factor)
     if TESTED:
         # A query that has met no key yet keeps -inf: subtract 0 there, so that its weights are exp2(-inf) = 0.
         base = gl.where(new_top == -float("inf"), 0.0, new_top)
     else:
         base = new_top
-    weight = gl.exp2(score * factor - gl.expand_dims(base - WEIGHT_BITS, 1))
+    if score.dtype == gl.int32:
+        shifted = (score + MAGIC_BITS).to(gl.float32, bitcast=True)
+        start = WEIGHT_BITS - base - MAGIC * factor
+        weight = gl.exp2(gl.fma(shifted, factor, gl.expand_dims(start, 1)))
+    else:
+        weight = gl.exp2(score * factor - gl.expand_dims(base - WEIGHT_BITS, 1))
     shrink = gl.exp2(top - base)
     return weight, shrink, new_top, total * shrink + gl.sum(weight, 1)
 
@@ -121,11 +157,11 @@ def _step(query, score, factor, acc, top, total, memory, p_list, p_scale, query_
     next_factor = query_factor * gl.load(p_scale + gl.load(p_list + i + 1))
     if TESTED:
         # Before the next scores are started: tests and two blocks of scores do not fit into the registers together.
+        score, factor = _as_float(score, factor)
         score = _mask(score, gl.load(p_list + i), i, n_real, n_exempt, slot, tests, BN, COORDINATE_COUNT, ALWAYS)
     S_LAYOUT: gl.constexpr = score.type.layout
-    zeros = gl.zeros([ROWS, BN], gl.float32, S_LAYOUT)
     mbarrier.wait(k_ready.index(stage), (i + 1) // STAGES & 1)
-    product = warpgroup_mma(query, k_shared.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    product = _product(query, k_shared.index(stage), S_LAYOUT)
     weight, shrink, top, total = _weights(score, factor, top, total, TESTED)
     output, shrink = _add(weight, shrink, acc, memory, i, P_LAYOUT, WIDTH, STAGES, FRESH)
     score = warpgroup_mma_wait(1, deps=[product])
@@ -155,9 +191,8 @@ def _attend(query, memory, p_list, p_scale, query_factor, n_whole, n_real, n_exe
     top = gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
     total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S_LAYOUT))
     acc = gl.zeros([ROWS, WIDTH], gl.float32, O_LAYOUT)
-    zeros = gl.zeros([ROWS, BN], gl.float32, S_LAYOUT)
     mbarrier.wait(k_ready.index(0), 0)
-    product = warpgroup_mma(query, k_shared.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    product = _product(query, k_shared.index(0), S_LAYOUT)
     score = warpgroup_mma_wait(0, deps=[product])
     mbarrier.arrive(k_free.index(0), count=1)
     for i in range(0, gl.minimum(n_whole, n - 1)):
@@ -170,6 +205,7 @@ def _attend(query, memory, p_list, p_scale, query_factor, n_whole, n_real, n_exe
             query, score, factor, acc, top, total, memory, p_list, p_scale, query_factor, i, n_real, n_exempt, slot,
             tests, True, WIDTH, STAGES, False, COORDINATE_COUNT, ALWAYS, P_LAYOUT)
     # A list without any block counts as block 0 with every key masked, so that all roles agree on one block.
+    score, factor = _as_float(score, factor)
     if n_whole < n:
         score = _mask(score, gl.load(p_list + (n - 1)), n - 1, n_real, n_exempt, slot, tests, BN, COORDINATE_COUNT,
                       ALWAYS)
@@ -255,7 +291,8 @@ def attention_kernel(
 ):
     """128 queries of one head against the key blocks that their list names.
 
-    Q, K: descriptors over e4m3 (B * H, slots, head dim), V over (B * H, DV, key slots), keys in `quantise.value_order`.
+    Q, K: descriptors over (B * H, slots, head dim), both e4m3 or both int8; V over e4m3 (B * H, DV, key slots), keys in
+    `quantise.value_order`.
     QUERY_SCALE (B, H, NQ), KEY_SCALE (B, H, NK), VALUE_SCALE (B, H, DV), SHIFT (B, H, query_slots): float32,
     contiguous. OUT: descriptor over (B, H, Lq, DV), or with QUERY_INDEX a pointer to (B, Lq, H, DV), contiguous.
     All others as in `hopper_kernel.attention_kernel`.

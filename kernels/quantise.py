@@ -1,18 +1,22 @@
-"""Activations as 8-bit floats (e4m3) for attention on tensor cores, and the same in plain PyTorch.
+"""Activations in 8 bits for attention on tensor cores, and the same in plain PyTorch.
 
-    query, key     one scale per block of 128 slots: x is stored as e4m3(x / s), s = max |x| / 448
+    query, key     one scale per block of 128 slots: x is stored as e4m3(x / s), s = max |x| / 448, or as the integer
+                   next to x / s, s = max |x| / 127 (INT8)
     key            centred first: the mean over the keys of a head is subtracted. Softmax does not see it; the LSE
                    does, so that scale * query . mean is kept beside the queries
-    value          one scale per channel of a head; transposed, keys permuted inside groups of 16, so that the weights
-                   leave one matrix product in the registers where the next one wants them
+    value          e4m3, one scale per channel of a head; transposed, keys permuted inside groups of 16, so that the
+                   weights leave one matrix product in the registers where the next one wants them
 
 Quantising copies anyway, so it also puts tokens in the order of the slots: blocks, tiles of a grid or any permutation
 lie in one piece afterwards. Padding slots, and keys that the key mask leaves out, are stored as 0, whatever lies in
 memory there.
 
 e4m3 has three mantissa bits: rounding moves a number by at most 2^-4 of itself, or by 2^-10 of its scale where it is
-small (below 2^-6 of the scale); the largest number that shares the scale is 448 of it. Numbers that are not finite stay
-so, and may make all that shares their scale NaN.
+small (below 2^-6 of the scale); the largest number that shares the scale is 448 of it. INT8 moves every number by at
+most half of the scale: less than e4m3 where numbers are more than a sixteenth of the largest, more where they are
+smaller. One channel of the keys that is a hundred times as large as the others leaves INT8 next to nothing of those.
+Numbers that are not finite stay so, and may make all that shares their scale NaN; INT8, which has no NaN, makes the
+scale NaN.
 
 Importing this module needs neither triton nor a GPU.
 """
@@ -26,12 +30,15 @@ from torch import Tensor
 
 from .blocks import Blocks
 
-__all__ = ["BLOCK", "Quantised", "dequantise", "key_mean", "quantise", "quantise_reference", "rounding_bound",
-           "value_order"]
+__all__ = ["BLOCK", "SCORES", "Quantised", "dequantise", "key_mean", "quantise", "quantise_reference",
+           "rounding_bound", "stored_dtype", "value_order"]
 
 BLOCK = 128
 DTYPE = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
+LARGEST_INTEGER = 127.0  # of INT8, without -128: as far below 0 as above
+# How queries and keys may be stored: what the scores are computed from.
+SCORES = {"e4m3": DTYPE, "int8": torch.int8}
 SMALLEST = 2.0**-40  # of a block's largest magnitude: two scales of 0 would multiply to 0, and 0 * -inf is NaN
 # Enough programs to keep the memory busy; what each of them reads is a few hundred tokens.
 _STATISTICS_PROGRAMS = 2048
@@ -40,11 +47,12 @@ _STATISTICS_ROWS = 32
 
 @dataclass(frozen=True)
 class Quantised:
-    """Queries, keys and values of one call in e4m3, in slot order, with their scales in float32.
+    """Queries, keys and values of one call in 8 bits, in slot order, with their scales in float32.
 
     Args:
-        query (B, H, query slots, stored), key (B, H, key slots, stored): stored is the head dim as a multiple of 16.
-        value (B, H, Dv, key slots): keys in `value_order` inside each group of 16.
+        query (B, H, query slots, stored), key (B, H, key slots, stored): e4m3, or both int8; stored is the head dim as
+            a multiple of 16.
+        value (B, H, Dv, key slots): e4m3, keys in `value_order` inside each group of 16.
         query_scale (B, H, query blocks), key_scale (B, H, key blocks), value_scale (B, H, Dv).
         shift (B, H, query slots): what the LSE lacks because the keys are centred, natural log.
     """
@@ -76,14 +84,16 @@ def key_mean(key: Tensor, key_mask: Tensor | None = None) -> Tensor:
 
 
 def quantise_reference(
-    query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float, mean: Tensor | None = None
+    query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float, mean: Tensor | None = None,
+    scores: str = "e4m3",
 ) -> Quantised:
     """`quantise` in plain PyTorch: the specification.
 
     Args:
-        query, key, value, blocks, scale: as for `quantise`, on any device.
+        query, key, value, blocks, scale, scores: as for `quantise`, on any device.
         mean: float32 (B, H, D), what is subtracted from the keys; None: `key_mean`.
     """
+    dtype = stored_dtype(scores)
     if mean is None:
         mean = key_mean(key, blocks.key_mask)
     seen = blocks.real_keys(key.shape[1])
@@ -92,12 +102,14 @@ def quantise_reference(
     # What is no key stays 0 when the others are centred.
     token = _token_of_slot(blocks.key_index, key.shape[1], seen, keys.device)
     keys = torch.where((token >= 0)[..., None], keys - mean[:, :, None], 0)
-    query_scale, key_scale = (_scale_of(x.unflatten(2, (-1, BLOCK)).abs().amax((3, 4))) for x in (queries, keys))
-    value_scale = _scale_of(values.abs().amax(2))
+    query_scale, key_scale = (
+        _scale_of(x.unflatten(2, (-1, BLOCK)).abs().amax((3, 4)), dtype) for x in (queries, keys))
+    value_scale = _scale_of(values.abs().amax(2), DTYPE)
 
     def stored(x: Tensor, scales: Tensor) -> Tensor:
-        rows = (x * (1 / scales.repeat_interleave(BLOCK, 2))[..., None]).to(DTYPE)
-        return torch.nn.functional.pad(rows.view(torch.uint8), (0, -x.shape[3] % 16)).view(DTYPE)
+        rows = x * (1 / scales.repeat_interleave(BLOCK, 2))[..., None]
+        rows = rows.nan_to_num(0).round().to(dtype) if dtype == torch.int8 else rows.to(dtype)
+        return torch.nn.functional.pad(rows.view(torch.uint8), (0, -x.shape[3] % 16)).view(dtype)
 
     order = value_order(values.shape[2], values.device)
     transposed = (values * (1 / value_scale)[:, :, None]).to(DTYPE).transpose(2, 3)[..., order].contiguous()
@@ -107,7 +119,7 @@ def quantise_reference(
 
 
 def dequantise(quantised: Quantised, blocks: Blocks, head_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the e4m3 numbers stand for, in token order: for small sizes.
+    """What the 8-bit numbers stand for, in token order: for small sizes.
 
     Returns:
         query (B, Lq, H, D), centred key (B, Lk, H, D), value (B, Lk, H, Dv) and shift (B, H, Lq), float32.
@@ -129,18 +141,29 @@ def dequantise(quantised: Quantised, blocks: Blocks, head_dim: int) -> tuple[Ten
     return tokens(query, query_slot), tokens(key, key_slot), tokens(value, key_slot), shift
 
 
-def rounding_bound(x: Tensor, largest: Tensor | float) -> Tensor:
-    """How far e4m3 may move each number of x, given the largest magnitude that shares its scale.
+def rounding_bound(x: Tensor, largest: Tensor | float, scores: str = "e4m3") -> Tensor:
+    """How far rounding may move each number of x, given the largest magnitude that shares its scale.
 
-    Half a step of three mantissa bits, half the smallest step for small numbers, and 2^-20 for the float32 arithmetic.
+    e4m3: half a step of three mantissa bits, half the smallest step for small numbers, and 2^-20 for the float32
+    arithmetic. INT8: half a step, the same for all numbers, and 2^-20 of the number.
     """
+    if stored_dtype(scores) == torch.int8:
+        return torch.as_tensor(largest) * (0.5 / LARGEST_INTEGER) + x.abs() * 2.0**-20
     return torch.maximum(x.abs() * 2.0**-4, torch.as_tensor(largest) * (2.0**-10 / LARGEST)) * (1 + 2.0**-20)
 
 
+def stored_dtype(scores: str) -> torch.dtype:
+    """Type of the stored queries and keys; ValueError for a name that `SCORES` does not have."""
+    if scores not in SCORES:
+        raise ValueError(f"scores={scores!r} is not allowed; use one of {', '.join(SCORES)}")
+    return SCORES[scores]
+
+
 def quantise(
-    query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float, key_ok: Tensor | None = None
+    query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float, key_ok: Tensor | None = None,
+    scores: str = "e4m3",
 ) -> Quantised:
-    """Queries, keys and values in e4m3, by five launches of Triton kernels; nothing waits for the device.
+    """Queries, keys and values in 8 bits, by five launches of Triton kernels; nothing waits for the device.
 
     Keys and values are read twice, queries once: 10 bytes of reading and 3 of writing per number of a bf16 call.
 
@@ -149,20 +172,24 @@ def quantise(
         blocks: layouts and key mask; query and key blocks of 128.
         scale: factor of the scores.
         key_ok: bool (B|1, H|1, key slots), `blocks.real_keys` when there is a key mask; None: without key mask.
+        scores: "e4m3" or "int8", how queries and keys are stored. Values are e4m3.
+
+    Raises:
+        ValueError: for another name of `scores`.
     """
     from . import quantise_kernel as kernels
     from .portable import _broadcast_strides, _on_device, _width
 
     B, _, H, D = query.shape
     Lk, DV = value.shape[1], value.shape[3]
-    stored = -(-D // 16) * 16
+    stored, dtype = -(-D // 16) * 16, stored_dtype(scores)
     query_slots, key_slots = blocks.query_blocks * BLOCK, blocks.key_blocks * BLOCK
 
     def fresh(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(B, H, *shape, dtype=dtype, device=query.device)
 
     result = Quantised(
-        fresh(query_slots, stored, dtype=DTYPE), fresh(key_slots, stored, dtype=DTYPE),
+        fresh(query_slots, stored, dtype=dtype), fresh(key_slots, stored, dtype=dtype),
         fresh(DV, key_slots, dtype=DTYPE), fresh(blocks.query_blocks), fresh(blocks.key_blocks), fresh(DV),
         fresh(query_slots))
     with _on_device(query.device):
@@ -207,7 +234,10 @@ def _statistics(key: Tensor, value: Tensor, key_mask: Tensor | None, value_scale
     return mean
 
 
-def _scale_of(largest: Tensor) -> Tensor:
+def _scale_of(largest: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype == torch.int8:
+        finite = torch.where(largest < torch.inf, largest, torch.nan)
+        return finite.clamp(min=SMALLEST) * (1 / LARGEST_INTEGER)
     return largest.clamp(min=SMALLEST) * (1 / LARGEST)
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels of `quantise`: activations to e4m3, on NVIDIA GPUs with 8-bit floats, and interpreted.
+"""The Triton kernels of `quantise`: activations to 8 bits, on NVIDIA GPUs with 8-bit floats, and interpreted.
 
 Two passes. `statistics_kernel` reads keys and values once, for the mean of the keys and the largest value of each
 channel, and `finish_kernel` adds up its parts; `rows_kernel` and `values_kernel` then read queries, keys and values
@@ -14,9 +14,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .quantise import LARGEST, SMALLEST
+from .quantise import LARGEST, LARGEST_INTEGER, SMALLEST
 
 _LARGEST = tl.constexpr(LARGEST)
+_LARGEST_INTEGER = tl.constexpr(LARGEST_INTEGER)
 _SMALLEST = tl.constexpr(SMALLEST)
 # The interpreter knows no assembly.
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -96,6 +97,33 @@ def _tokens(INDEX, OK, b, h, slot, strides, L):
     return token, real
 
 
+@triton.jit
+def _scale(row):
+    """Largest magnitude over 127; NaN where a number is not finite, which INT8 cannot store."""
+    # Bits of positive numbers are ordered as they are, infinity and NaN last: a maximum of numbers would drop NaN.
+    bits = tl.max(row.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    largest = tl.where(bits < 0x7F800000, bits, 0x7FC00000).to(tl.float32, bitcast=True)
+    return tl.where(largest < _SMALLEST, _SMALLEST, largest) * (1.0 / _LARGEST_INTEGER)
+
+
+@triton.jit
+def _integers(x):
+    """The nearest integers, of two the even one, as int8: |x| is at most 127 but for the last bits of x.
+
+    12582912 + x has steps of 1, and the integer in its lowest bits. Added in inline assembly, because the product that
+    made x and this sum would else be one instruction with one rounding.
+    """
+    if _INTERPRETED:
+        return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .f32 a, b, c, d; .reg .b32 i, j, k, l; add.rn.f32 a, $1, 0f4B400000; "
+            "add.rn.f32 b, $2, 0f4B400000; add.rn.f32 c, $3, 0f4B400000; add.rn.f32 d, $4, 0f4B400000; "
+            "mov.b32 i, a; mov.b32 j, b; mov.b32 k, c; mov.b32 l, d; prmt.b32 i, i, j, 0x0040; "
+            "prmt.b32 k, k, l, 0x0040; prmt.b32 $0, i, k, 0x5410; }",
+            "=r,f,f,f,f", [x], dtype=tl.int8, is_pure=True, pack=4)
+
+
 @triton.jit(do_not_specialize=["stride_ib", "stride_ih", "stride_ob", "stride_oh", "H", "L"])
 def rows_kernel(
     X, INDEX, OK, MEAN, OUT, SCALE, SHIFT, stride_b, stride_n, stride_h, stride_d, stride_ib, stride_ih, stride_ob,
@@ -104,7 +132,7 @@ def rows_kernel(
     """One block of queries or keys of one head, with one scale.
 
     X (B, L, H, D) by strides; INDEX: int64 (B|1, H|1, slots), None: slot = token; OK: (B|1, H|1, slots), slots that may
-    be seen, None: all that hold a token. MEAN (B, H, D). OUT: e4m3 (B, H, slots, STORED), SCALE (B, H, blocks).
+    be seen, None: all that hold a token. MEAN (B, H, D). OUT: e4m3 or int8 (B, H, slots, STORED), SCALE (B, H, blocks).
     With SHIFT (B, H, slots) the rows are queries, and it gets factor * row . MEAN; without, they are keys, from which
     MEAN is subtracted.
     """
@@ -122,10 +150,15 @@ def rows_kernel(
         row = tl.where(real[:, None], row - mean[None, :], 0.0)
     else:
         tl.store(SHIFT + first + slot, tl.sum(row * mean[None, :], 1) * factor)
-    scale = tl.maximum(tl.max(tl.abs(row)), _SMALLEST) * (1.0 / _LARGEST)
+    if OUT.dtype.element_ty == tl.int8:
+        scale = _scale(row)
+        rounded = _integers(row * tl.div_rn(1.0, scale))
+    else:
+        scale = tl.maximum(tl.max(tl.abs(row)), _SMALLEST) * (1.0 / _LARGEST)
+        rounded = (row * tl.div_rn(1.0, scale)).to(tl.float8e4nv)
     tl.store(SCALE + (b * H + h) * tl.num_programs(1) + block, scale)
     p_out = OUT + (first + slot)[:, None] * STORED + o_d[None, :]
-    tl.store(p_out, (row * tl.div_rn(1.0, scale)).to(tl.float8e4nv), mask=(o_d < STORED)[None, :])
+    tl.store(p_out, rounded, mask=(o_d < STORED)[None, :])
 
 
 @triton.jit

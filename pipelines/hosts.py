@@ -64,12 +64,16 @@ def call_host(
 
 
 def _text_length(pipe: Any, names: Mapping[str, inspect.Parameter]) -> int | None:
-    """A tokenizer that was made for short prompts says so; hosts pad to 226 or 512 tokens otherwise."""
+    """A tokenizer that was made for short prompts says so; hosts pad to 226 or 512 tokens otherwise.
+
+    Of several tokenizers the longest decides: FLUX and SD3 have CLIP's 77 tokens beside T5's 512.
+    """
     if "max_sequence_length" not in names:
         return None
-    length = getattr(getattr(pipe, "tokenizer", None), "model_max_length", None)
+    made = [getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3")]
+    lengths = [n for n in (getattr(one, "model_max_length", None) for one in made) if isinstance(n, int)]
     usual = names["max_sequence_length"].default
-    return length if isinstance(length, int) and isinstance(usual, int) and length < usual else None
+    return max(lengths) if lengths and isinstance(usual, int) and max(lengths) < usual else None
 
 
 def _progress(pipe: Any, names: Mapping[str, inspect.Parameter], callback: Progress) -> dict[str, Any]:

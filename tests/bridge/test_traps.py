@@ -141,6 +141,24 @@ def test_lora_loads_and_unloads_under_us(wan) -> None:
     torch.testing.assert_close(sparse, call(plain, inputs))
 
 
+def test_lora_before_or_after_switching_on_is_the_same() -> None:
+    from peft import LoraConfig
+
+    from dit_sparse import enable, summary
+
+    lora = LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False)
+    outputs = []
+    for lora_first in (True, False):
+        model = host("wan-t2v").build()
+        steps = [lambda m=model: enable(m, "svg", dense_layers=0), lambda m=model: m.add_adapter(lora)]
+        for step in reversed(steps) if lora_first else steps:
+            torch.manual_seed(4)
+            step()
+        outputs.append(call(model, host("wan-t2v").inputs(1)))
+        assert summary(model).sparse_calls == 2
+    assert torch.equal(*outputs)
+
+
 def test_fusing_projections_after_us_keeps_wan_bound(wan) -> None:
     model, inputs, untouched, session, _ = wan
     model.fuse_qkv_projections()

@@ -100,3 +100,15 @@ def test_json_of_runs_and_scores(dit_sparse, tiny_folder: Path, tmp_path: Path) 
     assert shown["planned"] == 2 and [row["label"] for row in shown["methods"]] == ["dense", "svg"]
     (tmp_path / "scores.json").write_text(json.dumps({"scene": [0.4111, []]}))
     assert dit_sparse("eval", "import-vbench", "scores.json", "--json").json
+
+
+def test_defaults_in_the_help_are_those_of_the_included_model() -> None:
+    from dit_sparse import SparseProc
+    from dit_sparse.pipelines.embedded import DEFAULTS
+
+    texts = {parameter.name: parameter.help for parameter in COMMANDS["generate"].params}
+    assert texts["steps"].endswith(f"own: {DEFAULTS['steps']}.")
+    assert texts["guidance"].endswith(f"own: {DEFAULTS['guidance_scale']:g}.")
+    assert texts["size"].endswith(f"own: {DEFAULTS['width']}x{DEFAULTS['height']}x{DEFAULTS['frames']}.")
+    assert f"else {SparseProc.default_method};" in texts["method"]
+    assert texts["density"].endswith(f"svg: {SparseProc('svg').method.density:g}.".replace("0.", "."))

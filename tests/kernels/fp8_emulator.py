@@ -33,11 +33,16 @@ def _convert(_asm: str, _constraints: str, x: list[Tensor], *, dtype: torch.dtyp
     return base._value(x[0].to(dtype))
 
 
+def _fma(a: Tensor, b: Any, c: Tensor) -> Tensor:
+    """a * b + c of float32 numbers with one rounding."""
+    return base._value((a.double() * torch.as_tensor(b).double() + c.double()).float())
+
+
 _SHIMS: dict[str, Any] = base._SHIMS | dict(
-    BN=128, WEIGHT_BITS=8.0,
+    BN=128, WEIGHT_BITS=8.0, MAGIC=12582912.0, MAGIC_BITS=0x4B400000,
     gl=types.SimpleNamespace(**vars(base._GL) | dict(
-        inline_asm_elementwise=_convert, float8e4nv=torch.float8_e4m3fn, reshape=lambda x, shape: x.reshape(shape),
-        permute=lambda x, order: x.permute(order),
+        inline_asm_elementwise=_convert, float8e4nv=torch.float8_e4m3fn, int8=torch.int8, fma=_fma,
+        reshape=lambda x, shape: x.reshape(shape), permute=lambda x, order: x.permute(order),
         minimum=lambda a, b: base._value(torch.minimum(torch.as_tensor(a), torch.as_tensor(b))))))
 
 

@@ -17,7 +17,7 @@ from dit_sparse.blockmask import BlockMask
 from dit_sparse.grid import TokenGrid
 from dit_sparse.kernels import fp8, quantise
 from dit_sparse.kernels.blocks import Blocks
-from dit_sparse.kernels.quantise import Quantised, key_mean, quantise_reference
+from dit_sparse.kernels.quantise import SCORES, Quantised, key_mean, quantise_reference
 from tests.kernels.cases import Case, build
 
 FP16 = Case(dtype=torch.float16, query_block=128, key_block=128)
@@ -60,15 +60,14 @@ def _poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def differences(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float) -> str:
+def differences(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float, scores: str = "e4m3") -> str:
     """What the kernels compute otherwise than the twin: bits, but for the order in which means are added up."""
     dim = query.shape[3]
     plan = fp8.fp8_plan(blocks, key.shape[1], dim, value.shape[3])
-    got = quantise.quantise(query, key, value, blocks, scale, plan.key_ok)
-    again = quantise.quantise(query, key, value, blocks, scale, plan.key_ok)
+    got, again = (quantise.quantise(query, key, value, blocks, scale, plan.key_ok, scores) for _ in range(2))
     unused = torch.empty(key.shape[0], key.shape[2], value.shape[3])
     mean = quantise._statistics(key, value, blocks.key_mask, unused)
-    want = quantise_reference(query, key, value, blocks, scale, mean)
+    want = quantise_reference(query, key, value, blocks, scale, mean, scores)
     found = []
     if not torch.allclose(mean, key_mean(key, blocks.key_mask), rtol=1e-5, atol=1e-6):
         found.append("the mean")
@@ -86,15 +85,32 @@ def differences(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale
     return "; ".join(found)
 
 
+@pytest.mark.parametrize("scores", SCORES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_kernels_equal_the_twin(case: Case) -> None:
+def test_kernels_equal_the_twin(case: Case, scores: str) -> None:
     inputs = build(case)
     blocks = Blocks.from_mask(inputs.mask, inputs.key_mask)
-    assert differences(inputs.query, inputs.key, inputs.value, blocks, inputs.scale) == ""
+    assert differences(inputs.query, inputs.key, inputs.value, blocks, inputs.scale, scores) == ""
 
 
+@pytest.mark.parametrize("name", ["query", "key"])
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_int8_scales_of_numbers_that_are_not_finite_are_nan(name: str, number: float) -> None:
+    inputs = build(dataclasses.replace(FP16, query_tokens=300, key_tokens=300))
+    getattr(inputs, name)[0, 140, 1, 5] = number
+    blocks = Blocks.from_mask(inputs.mask)
+    got = quantise.quantise(inputs.query, inputs.key, inputs.value, blocks, inputs.scale, scores="int8")
+    assert torch.isfinite(got.query_scale[:, 0]).all() and torch.isfinite(got.key_scale[:, 0]).all()
+    # One key spoils the mean that all keys of a head are centred by, a query only its block.
+    spoilt = got.key_scale[0, 1] if name == "key" else got.query_scale[0, 1, 1:2]
+    assert spoilt.isnan().all()
+    if name == "query":
+        assert torch.isfinite(got.query_scale[0, 1, [0, 2]]).all() and torch.isfinite(got.key_scale).all()
+
+
+@pytest.mark.parametrize("scores", SCORES)
 @pytest.mark.parametrize("kind", ["large mean", "outliers", "zeros", "tiny"])
-def test_uneven_numbers(kind: str) -> None:
+def test_uneven_numbers(kind: str, scores: str) -> None:
     inputs = build(dataclasses.replace(FP16, query_tokens=200, key_tokens=300, dtype=torch.float32))
     query, key, value = inputs.query, inputs.key, inputs.value
     if kind == "large mean":
@@ -105,7 +121,7 @@ def test_uneven_numbers(kind: str) -> None:
         query, key, value = query * 0, key * 0, value * 0
     else:
         query, key, value = query * 1e-20, key * 1e-20, value * 1e-20
-    assert differences(query, key, value, Blocks.from_mask(inputs.mask), inputs.scale) == ""
+    assert differences(query, key, value, Blocks.from_mask(inputs.mask), inputs.scale, scores) == ""
 
 
 def test_tiles_of_a_grid_are_written_one_after_the_other() -> None:

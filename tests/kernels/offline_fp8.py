@@ -54,11 +54,17 @@ class Case:
     key_mask: bool = False
     stages: int = fp8.STAGES
     fresh: bool = True
+    scores: str = "e4m3"
 
     @property
-    def wgmma(self) -> int:
-        """Matrix instructions of both groups, each over 32 columns or keys: scores and outputs stand three times."""
-        return 2 * 3 * ((64 if self.head_dim <= 64 else 128) + 128) // 32
+    def wgmma(self) -> dict[str, int]:
+        """Matrix instructions of both groups, each over 32 columns or keys: scores and outputs stand three times.
+
+        Products of 8-bit floats and of 8-bit integers have instructions of their own.
+        """
+        of_scores, of_outputs = (2 * 3 * n // 32 for n in (64 if self.head_dim <= 64 else 128, 128))
+        integers = of_scores if self.scores == "int8" else 0
+        return {"qgmma": of_outputs + of_scores - integers, "igmma": integers}
 
 
 CASES = {
@@ -78,11 +84,14 @@ CASES = {
     "fp8-128-kept-sums": Case(fresh=False),
     "fp8-64-kept-sums": Case(head_dim=64, fresh=False),
 }
-# (head dim, permuted, key mask) of the quantising kernels.
+CASES |= {name.replace("fp8", "int8"): dataclasses.replace(case, scores="int8") for name, case in CASES.items()}
+# (head dim, permuted, key mask, scores) of the quantising kernels.
 QUANTISE_CASES = {
-    "quantise-128": (128, False, False),
-    "quantise-64": (64, False, False),
-    "quantise-96-permuted-key-mask": (96, True, True),
+    "quantise-128": (128, False, False, "e4m3"),
+    "quantise-64": (64, False, False, "e4m3"),
+    "quantise-96-permuted-key-mask": (96, True, True, "e4m3"),
+    "quantise-128-int8": (128, False, False, "int8"),
+    "quantise-96-permuted-key-mask-int8": (96, True, True, "int8"),
 }
 
 
@@ -107,7 +116,7 @@ def compile_attention(case: Case) -> Any:
     """Compiles the attention kernel as the launcher would, pointer alignments and fixed strides included."""
     x, blocks = call_of(case)
     plan = fp8.fp8_plan(blocks, x.shape[1], case.head_dim, case.head_dim)
-    quantised = quantise.quantise_reference(x, x, x, blocks, 0.1)
+    quantised = quantise.quantise_reference(x, x, x, blocks, 0.1, scores=case.scores)
     arguments, constants = fp8.launch(quantised, blocks, plan, 0.1, torch.empty_like(x),
                                       torch.empty(1, x.shape[2], x.shape[1]), case.stages, case.fresh)
     triton.runtime.driver.set_active(_Sm90())
@@ -115,7 +124,7 @@ def compile_attention(case: Case) -> Any:
                                            maxnreg=fp8_kernel.MAX_REGISTERS)
 
 
-def compile_quantise(head_dim: int, permuted: bool, key_mask: bool) -> Iterator[tuple[str, Any]]:
+def compile_quantise(head_dim: int, permuted: bool, key_mask: bool, scores: str) -> Iterator[tuple[str, Any]]:
     """Compiles the kernels that `quantise` launches, with what it hands them."""
     x, blocks = call_of(Case(head_dim, permuted=permuted, key_mask=key_mask))
     plan = fp8.fp8_plan(blocks, x.shape[1], head_dim, head_dim)
@@ -131,7 +140,7 @@ def compile_quantise(head_dim: int, permuted: bool, key_mask: bool) -> Iterator[
     names = ("statistics_kernel", "finish_kernel", "rows_kernel", "values_kernel")
     triton.runtime.driver.set_active(_Sm90())
     with mock.patch.multiple(quantise_kernel, **{n: Compiled(n, getattr(quantise_kernel, n)) for n in names}):
-        quantise.quantise(x, x, x, blocks, 0.1, plan.key_ok)
+        quantise.quantise(x, x, x, blocks, 0.1, plan.key_ok, scores)
     yield from found
 
 
@@ -145,9 +154,10 @@ def count(cubin: bytes, *words: str) -> dict[str, int]:
 
 
 def problem_of(case: Case, figures: Figures, moves: dict[str, int]) -> str:
-    """What is wrong with the machine code of a case, "" when it is as it must be."""
-    wanted = dict(spills=0, stack=0, wgmma=case.wgmma, waits=WAITS)
-    wrong = [f"{name} must be {value}" for name, value in wanted.items() if getattr(figures, name) != value]
+    """What is wrong with the machine code of a case, "" when it is as it must be; moves: what `count` found."""
+    wanted = dict(spills=0, stack=0, waits=WAITS) | case.wgmma
+    found = dataclasses.asdict(figures) | moves
+    wrong = [f"{name} must be {value}" for name, value in wanted.items() if found[name] != value]
     most = dict(shfl=EXCHANGES, prmt=SHUFFLES if case.key_mask or case.always else 0)
     wrong += [f"{name} must be at most {limit}" for name, limit in most.items() if moves[name] > limit]
     return ", ".join(wrong)
@@ -159,9 +169,7 @@ def results(name: str) -> Iterator[tuple[str, str]]:
                 ((f"{name} {kernel}", made) for kernel, made in compile_quantise(*QUANTISE_CASES[name])))
     for title, made in compiled:
         figures = read_figures(made.asm["cubin"], made.metadata.shared)
-        found = count(made.asm["cubin"], "SHFL", "PRMT", "QGMMA")
-        # Products of 8-bit numbers have an instruction of their own.
-        figures = dataclasses.replace(figures, wgmma=found.pop("qgmma"))
+        found = count(made.asm["cubin"], "SHFL", "PRMT", "QGMMA", "IGMMA")
         problem = (problem_of(CASES[name], figures, found) if name in CASES else
                    "spills must be 0" if figures.spills else "")
         text = ", ".join(f"{k} {v}" for k, v in (dataclasses.asdict(figures) | found).items())

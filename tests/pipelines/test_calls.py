@@ -49,6 +49,15 @@ def test_text_length_follows_the_tokenizer(tiny_pipe, monkeypatch: pytest.Monkey
     assert lengths == [32, 8]
 
 
+def test_the_longest_tokenizer_decides() -> None:
+    class TwoTokenizers(FluxLike):
+        tokenizer, tokenizer_2 = SimpleNamespace(model_max_length=77), SimpleNamespace(model_max_length=512)
+
+    host = TwoTokenizers()
+    text_to_image(host, "a cat", callback=lambda *at: None)
+    assert host.arguments["length"] == 512
+
+
 @pytest.mark.parametrize("size", [(32, 48), (64, 32)], ids=str)
 def test_video_to_video_starts_from_the_clip(tiny_pipe, size: tuple[int, int]) -> None:
     video = torch.rand(5, 3, *size)
