@@ -135,7 +135,7 @@ def compare_evaluations(a: str, b: str, *, confidence: float = 0.95, as_json: bo
         for d in found
     ]
     print_table(["method", "measure", "A", "B", f"B - A [{confidence:.0%}]", "B is", "better"], rows)
-    real = sum(d.says in ("higher", "lower") for d in found)
+    real, judged = (sum(d.says in said for d in found) for said in (("higher", "lower"), ("higher", "lower", "same")))
     print_pairs({"A": a, "B": b, "prompts": found[0].difference.prompts,
                  "beyond noise": f"{real} of {len(found)}; by chance alone about {(1 - confidence) * len(found):.1f}"})
 
@@ -189,9 +189,16 @@ def measure_files(
         from ..eval.measures.table import MEASURES, check_names, measure, with_motion
 
         wanted = None if names is None else with_motion(check_names(names))
+        for name in wanted or ():
+            needed = {"pair": reference is None and "a second video", "prompt": prompt is None and "--prompt"}
+            if lacking := needed.get(MEASURES[name].kind):
+                raise ValueError(f"--measure {name} needs {lacking}; add it, or leave the measure out")
         clip = read_clip(video, fps=fps)
         other = None if reference is None else read_clip(reference, fps=clip.fps).video
         values, reasons = measure(clip.video, reference=other, prompt=prompt, fps=clip.fps, names=wanted)
+    for name in wanted or ():
+        if name not in values:
+            reasons.setdefault(name, "does not apply to this prompt and clip")
     frames, _, height, width = clip.video.shape
     if as_json:
         print_json({"frames": frames, "height": height, "width": width, "fps": clip.fps, "values": values,
@@ -248,7 +255,7 @@ def export_vbench(
     """Copy a method's videos into VBench's layout; without a folder, write VBench's prompts in its layout."""
     if (folder is None) != (method is None):
         raise UserError("FOLDER and METHOD belong together; give both for videos, or none for VBench's prompts")
-    with refusing(ValueError, OSError):
+    with refusing(), refusing(OSError, prefix=f"--output {output}: "):
         if folder is None or method is None:
             from ..eval.vbench_prompts import prompts_of, write_prompts
 
