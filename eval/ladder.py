@@ -117,7 +117,7 @@ def rungs(query: Tensor, key: Tensor, value: Tensor, grid: TokenGrid, density: f
     yield rung(f"Hopper, tokens in the order of tiles {tile}", mask_of(packed, [density]), Tuning())
     heads_apart = mask_of(raster, uneven(heads, density))
     yield rung("Hopper, uneven heads, as they come", heads_apart, Tuning(longest_first=False))
-    yield rung("Hopper, uneven heads, longest first", heads_apart, Tuning())
+    yield rung("Hopper, uneven heads, longest first", heads_apart, Tuning(longest_first=True))
     yield Rung("Hopper, and soft blocks for the rest", found, soft)
     blocks = Blocks.from_mask(plain)
     yield Rung("Hopper, 8-bit floats, rounding included", found,

@@ -87,12 +87,13 @@ class Tuning:
         persistent: one program per multiprocessor takes every n-th tile, instead of one program per tile; raster
             order without a window only, as the others would spill registers. None: as `prefers_persistent` says.
         ragged_boxes: copy tiles that the grid cuts straight from the activations as well.
-        longest_first: start the longest lists first; False: in the order of heads and blocks, to see what it gains.
+        longest_first: start the longest lists first, or keep the order of heads and blocks; None: by their number, see
+            `portable.launch_order`.
     """
 
     persistent: bool | None = None
     ragged_boxes: bool = False
-    longest_first: bool = True
+    longest_first: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -114,3 +114,6 @@ def test_layouts_long_lists_are_launched_first() -> None:
     counts = torch.tensor([[[2, 3, 2, 20, 2, 12, 1, 3]]], dtype=torch.int32)
     assert portable.launch_order(counts, 1, 1).tolist() == [3, 5, 0, 1, 2, 4, 6, 7]
     assert portable.launch_order(counts[..., :3], 2, 2).tolist() == list(range(12))
+    heads = portable.MANY_BLOCKS // counts.shape[-1]
+    assert portable.launch_order(counts, 1, heads).tolist() == list(range(portable.MANY_BLOCKS))
+    assert portable.launch_order(counts, 1, heads, longest_first=True)[0] == 3
