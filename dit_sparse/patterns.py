@@ -24,7 +24,7 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)
 
 def check_block_size(method: str, block_size: int | None, option: str = "block_size") -> None:
     """Raise ValueError unless block_size is None or a size that the kernels know; the option's name goes into it."""
-    if block_size is not None and (isinstance(block_size, bool) or block_size not in BLOCK_SIZES):
+    if block_size is not None and (type(block_size) is not int or block_size not in BLOCK_SIZES):
         raise ValueError(
             f"{method}: {option}={block_size!r} is not allowed; use None or one of {BLOCK_SIZES}"
         )

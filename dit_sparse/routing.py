@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from . import scoring
 from .blockmask import BlockLayout, BlockMask
 from .kernels.attention import block_sparse_attention, switched_off, triton_reasons
+from .routing_checks import check_layout, check_mask, check_pair, check_rule, check_shape, index_of
 from .selection import Rule
 
 __all__ = ["Rule", "block_mass", "kernel_reasons", "listed_mass", "lists_by_chunks", "lists_of_maps",
@@ -74,66 +75,6 @@ def _use_kernels(x: Tensor, key_blocks: int, kernels: bool | None, *others: Tens
     return not reasons
 
 
-# The kernels trust these shapes: without the checks they would read foreign memory.
-
-
-def _check_shape(name: str, x: Tensor, *allowed: Sequence[int], dtypes: Sequence[torch.dtype] = ()) -> None:
-    """Raise ValueError unless the tensor has one of the shapes, and one of the dtypes if any are named."""
-    if tuple(x.shape) not in {tuple(shape) for shape in allowed} or (dtypes and x.dtype not in dtypes):
-        kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        shapes = " or ".join(dict.fromkeys(str(tuple(shape)) for shape in allowed))
-        raise ValueError(f"{name} is {x.dtype} {tuple(x.shape)}; use {kinds}{' ' * bool(kinds)}{shapes}")
-
-
-def _check_pair(name: str, query: Tensor, key: Tensor) -> None:
-    """Raise ValueError unless batch, heads and head dim of (B, L, H, D) activations are the same."""
-    same = query.dim() == key.dim() == 4 and all(query.shape[i] == key.shape[i] for i in (0, 2, 3))
-    if not same:
-        raise ValueError(f"{name}: query is {tuple(query.shape)}, key {tuple(key.shape)}; use (B, Lq, H, D) and "
-                         "(B, Lk, H, D)")
-
-
-def _check_mask(name: str, mask: Tensor | None, batch: int, tokens: int) -> Tensor | None:
-    """The mask as (B, L), or ValueError."""
-    if mask is None:
-        return None
-    _check_shape(name, mask, (batch, tokens), (1, tokens), dtypes=(torch.bool,))
-    return mask.expand(batch, tokens)
-
-
-def _check_layout(name: str, layout: BlockLayout, x: Tensor) -> None:
-    """Raise ValueError when activations (B, L, H, D) do not sit in the layout."""
-    if x.dim() != 4 or x.shape[1] != layout.tokens:
-        raise ValueError(f"{name} is {tuple(x.shape)}, its layout has {layout.tokens} tokens; use (B, L, H, D)")
-    index = _index(layout)
-    if index is not None and (index.shape[0] not in (1, x.shape[0]) or index.shape[1] not in (1, x.shape[2])):
-        raise ValueError(f"{name} is {tuple(x.shape)}, its layout's index {tuple(index.shape)}; use (B|1, H|1, slots)")
-
-
-def _check_rule(rule: Rule, batch: int, heads: int, query_layout: BlockLayout, key_layout: BlockLayout) -> None:
-    """Raise ValueError when a rule does not fit the batch, the heads and the blocks."""
-    nq, nk = query_layout.blocks, key_layout.blocks
-    for name, x, blocks in (("forced_rows", rule.forced_rows, nq), ("forced_columns", rule.forced_columns_map(), nk)):
-        if x is not None:
-            _check_shape(f"Rule: {name}", x, (blocks,), *((b, h, blocks) for b in (1, batch) for h in (1, heads)),
-                         dtypes=(torch.bool,))
-    amount = rule.amount
-    if isinstance(amount, Tensor):
-        fits = amount.dim() <= 4 and all(n in (1, most) for n, most in zip(
-            reversed(amount.shape), (1, nq, heads, batch), strict=False))
-        if not fits:
-            raise ValueError(f"Rule: amount is {tuple(amount.shape)}; it must broadcast to {(batch, heads, nq, 1)}")
-    if (rule.own or rule.near) and query_layout.blocks != key_layout.blocks:
-        asked = "own=True" if rule.own else f"near={rule.near}"
-        raise ValueError(f"Rule: {asked} needs as many query as key blocks, not "
-                         f"{query_layout.blocks} and {key_layout.blocks}")
-
-
-def _index(layout: BlockLayout) -> Tensor | None:
-    index = layout.index
-    return index if index is None or index.dim() == 3 else index[None, None]
-
-
 def pool(x: Tensor, layout: BlockLayout, *, mask: Tensor | None = None, kernels: bool | None = None) -> Tensor:
     """Mean of the real tokens of every block: `scoring.pool`, or its kernel.
 
@@ -144,13 +85,13 @@ def pool(x: Tensor, layout: BlockLayout, *, mask: Tensor | None = None, kernels:
     Returns:
         float32 (B, H, n, D).
     """
-    _check_layout("pool: x", layout, x)
-    mask = _check_mask("pool: mask", mask, x.shape[0], x.shape[1])
+    check_layout("pool: x", layout, x)
+    mask = check_mask("pool: mask", mask, x.shape[0], x.shape[1])
     if not _use_kernels(x, 0, kernels):
         return scoring.pool(x, layout, mask=mask)
     from .kernels.pooling import pool_triton
 
-    return pool_triton(x, _index(layout), layout.block_size, layout.blocks, mask)
+    return pool_triton(x, index_of(layout), layout.block_size, layout.blocks, mask)
 
 
 def route(
@@ -183,11 +124,11 @@ def route(
         The mask: lists in rising order, whole blocks first, short ones after. Both paths give the same mask
         unless two scores, or a score and the threshold, lie within rounding of each other (1e-6 of the scores).
     """
-    _check_pair("route", query, key)
+    check_pair("route", query, key)
     for name, x, layout in (("query", query, query_layout), ("key", key, key_layout)):
-        _check_layout(f"route: {name}", layout, x)
-    key_mask = _check_mask("route: key_mask", key_mask, key.shape[0], key.shape[1])
-    _check_rule(rule, query.shape[0], query.shape[2], query_layout, key_layout)
+        check_layout(f"route: {name}", layout, x)
+    key_mask = check_mask("route: key_mask", key_mask, key.shape[0], key.shape[1])
+    check_rule(rule, query.shape[0], query.shape[2], query_layout, key_layout)
     used = _use_kernels(query, key_layout.blocks, kernels, key)
     block_query = pool(query, query_layout, kernels=used)
     block_key = pool(key, key_layout, mask=key_mask, kernels=used)
@@ -213,8 +154,8 @@ def route_means(
     """
     B, H, _, D = block_query.shape
     for name, x, layout in (("block_query", block_query, query_layout), ("block_key", block_key, key_layout)):
-        _check_shape(f"route_means: {name}", x, (B, H, layout.blocks, D), dtypes=(torch.float32,))
-    _check_rule(rule, B, H, query_layout, key_layout)
+        check_shape(f"route_means: {name}", x, (B, H, layout.blocks, D), dtypes=(torch.float32,))
+    check_rule(rule, B, H, query_layout, key_layout)
     used = _use_kernels(block_query, key_layout.blocks, kernels, block_key)
     return _route(block_query, block_key, query_layout, key_layout, scale, rule, max_width, used)
 
@@ -252,7 +193,7 @@ def lists_of_scores(
     if scores.dim() != 4 or tuple(scores.shape[2:]) != (query_layout.blocks, key_layout.blocks):
         raise ValueError(f"lists_of_scores: scores is {tuple(scores.shape)}; use (B, H, {query_layout.blocks}, "
                          f"{key_layout.blocks})")
-    _check_rule(rule, scores.shape[0], scores.shape[1], query_layout, key_layout)
+    check_rule(rule, scores.shape[0], scores.shape[1], query_layout, key_layout)
     scores = scores.to(torch.float32) if scores.dtype in (torch.float16, torch.bfloat16) else scores
     if not _use_kernels(scores[..., :0], key_layout.blocks, kernels):
         return BlockMask.from_dense(rule.keep(scores), query_layout, key_layout, max_width=max_width)
@@ -355,15 +296,15 @@ def row_errors(
         float32 (B, H, K).
     """
     wide = f"value head dim {value.shape[-1]} is above {_MAX_HEAD_DIM}" if value.shape[-1] > _MAX_HEAD_DIM else ""
-    _check_pair("row_errors", query, key)
+    check_pair("row_errors", query, key)
     if value.dim() != 4 or value.shape[:3] != key.shape[:3] or len({query.dtype, key.dtype, value.dtype}) > 1:
         raise ValueError(f"row_errors: value is {value.dtype} {tuple(value.shape)}, query {query.dtype}, key "
                          f"{key.dtype} {tuple(key.shape)}; use one dtype and (B, Lk, H, Dv)")
     if rows.dim() != 1 or rows.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"row_errors: rows is {rows.dtype} {tuple(rows.shape)}; use int64 (R,)")
-    _check_shape("row_errors: allowed", allowed, (max(1, allowed.shape[0]), rows.shape[0], key.shape[1]),
-                 dtypes=(torch.bool,))
-    key_mask = _check_mask("row_errors: key_mask", key_mask, key.shape[0], key.shape[1])
+    check_shape("row_errors: allowed", allowed, (max(1, allowed.shape[0]), rows.shape[0], key.shape[1]),
+                dtypes=(torch.bool,))
+    key_mask = check_mask("row_errors: key_mask", key_mask, key.shape[0], key.shape[1])
     if not _use_kernels(query, 0, kernels, also=wide):
         return scoring.row_errors(query, key, value, rows, allowed, scale, key_mask)
     from .kernels.sampling import row_errors_triton
@@ -403,14 +344,14 @@ def listed_mass(
     """
     sizes = (mask.query.block_size, mask.key.block_size)
     odd = "" if set(sizes) <= {16, 32, 64, 128} else f"block sizes {sizes} are not among 16, 32, 64, 128"
-    _check_pair("listed_mass", query, key)
+    check_pair("listed_mass", query, key)
     for name, x, layout in (("query", query, mask.query), ("key", key, mask.key)):
-        _check_layout(f"listed_mass: {name}", layout, x)
+        check_layout(f"listed_mass: {name}", layout, x)
     B, Lq, H, _ = query.shape
-    _check_shape("listed_mass: lse", lse, (B, H, Lq), dtypes=(torch.float32, torch.float64))
+    check_shape("listed_mass: lse", lse, (B, H, Lq), dtypes=(torch.float32, torch.float64))
     lists = mask.lists
-    _check_shape("listed_mass: mask.lists", lists, *((b, h, *lists.shape[2:]) for b in (1, B) for h in (1, H)))
-    key_mask = _check_mask("listed_mass: key_mask", key_mask, B, key.shape[1])
+    check_shape("listed_mass: mask.lists", lists, *((b, h, *lists.shape[2:]) for b in (1, B) for h in (1, H)))
+    key_mask = check_mask("listed_mass: key_mask", key_mask, B, key.shape[1])
     mixed = "" if query.dtype == key.dtype else f"query is {query.dtype}, key {key.dtype}"
     if not _use_kernels(query, 0, kernels, key, also="; ".join(filter(None, (odd, mixed)))):
         return scoring.listed_mass(query, key, lse, mask, scale, key_mask=key_mask, per_row=per_row)
@@ -441,10 +382,10 @@ def block_mass(
     """
     sizes = (query_layout.block_size, key_layout.block_size)
     odd = "" if set(sizes) <= {16, 32, 64, 128} else f"block sizes {sizes} are not among 16, 32, 64, 128"
-    _check_pair("block_mass", query, key)
+    check_pair("block_mass", query, key)
     for name, x, layout in (("query", query, query_layout), ("key", key, key_layout)):
-        _check_layout(f"block_mass: {name}", layout, x)
-    key_mask = _check_mask("block_mass: key_mask", key_mask, key.shape[0], key.shape[1])
+        check_layout(f"block_mass: {name}", layout, x)
+    key_mask = check_mask("block_mass: key_mask", key_mask, key.shape[0], key.shape[1])
     if not _use_kernels(query, 0, kernels, key, also=odd):
         return scoring.block_mass(query, key, query_layout, key_layout, scale, key_mask=key_mask)
     every = BlockMask.full(query_layout, key_layout)

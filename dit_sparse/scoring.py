@@ -142,42 +142,21 @@ def pooled_scores(
         key_mask: bool (B, Lk), True where the key is a real token.
 
     Returns:
-        float32 (B, H, nq, nk): for one head chunk at a time, see `select_pooled`.
+        float32 (B, H, nq, nk): for one head chunk at a time, see `select_means`.
     """
     block_query = pool(query, query_layout) * scale
     return block_query @ pool(key, key_layout, mask=key_mask).transpose(-1, -2)
 
 
-def select_pooled(
-    query: Tensor,
-    key: Tensor,
-    query_layout: BlockLayout,
-    key_layout: BlockLayout,
-    scale: float,
-    select: Callable[[Tensor, slice], Tensor],
-    *,
-    key_mask: Tensor | None = None,
+def select_means(
+    block_query: Tensor, block_key: Tensor, scale: float, select: Callable[[Tensor, slice], Tensor]
 ) -> Tensor:
     """Pooled scores turned into a keep map, chunk of heads by chunk of heads.
 
     Args:
-        query, key, query_layout, key_layout, scale, key_mask: as in `pooled_scores`.
+        block_query: float32 (B, H, nq, D); block_key: float32 (B, H, nk, D), block means from `pool`.
+        scale: softmax scale.
         select: float32 (B, h, nq, nk) scores of h heads, and which heads they are -> bool of the same shape.
-
-    Returns:
-        bool (B, H, nq, nk).
-    """
-    return select_means(pool(query, query_layout), pool(key, key_layout, mask=key_mask), scale, select)
-
-
-def select_means(
-    block_query: Tensor, block_key: Tensor, scale: float, select: Callable[[Tensor, slice], Tensor]
-) -> Tensor:
-    """`select_pooled` from means that are there already.
-
-    Args:
-        block_query: float32 (B, H, nq, D); block_key: float32 (B, H, nk, D).
-        scale, select: as in `select_pooled`.
 
     Returns:
         bool (B, H, nq, nk).

@@ -202,7 +202,7 @@ def _known(what: str, given: Mapping[str, Any], allowed: Mapping[str, Any] | tup
 
 def _text(name: str, value: Any, folder: Path) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{name} is {_kind(value)}; write a text")
+        raise ValueError(f"{name} is {'blank' if isinstance(value, str) else _kind(value)}; write a text")
     return value
 
 

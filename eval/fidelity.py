@@ -30,7 +30,8 @@ def psnr_frames(a: torch.Tensor, b: torch.Tensor) -> float:
 def ssim(a: torch.Tensor, b: torch.Tensor) -> float:
     """Structural similarity of each frame (Gaussian window of 11, sigma 1.5), then the mean over frames and clips.
 
-    Borders are reflected, as torchmetrics 1.9 does.
+    Borders are reflected, as torchmetrics 1.9 does. Computed in float64: a GPU may convolve float32 in TF32, whose
+    rounding alone made two equal clips differ by .04, and a variance is a difference of two nearly equal means.
 
     Raises:
         ValueError: different shapes, or frames smaller than half the window.
@@ -38,7 +39,7 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> float:
     a, b = _clips(a, b)
     if min(a.shape[-2:]) <= _WINDOW // 2:
         raise ValueError(f"ssim needs sides of more than {_WINDOW // 2} pixels, got {a.shape[-2]}x{a.shape[-1]}")
-    offsets = torch.arange(_WINDOW, dtype=torch.float32) - (_WINDOW - 1) / 2
+    offsets = torch.arange(_WINDOW, dtype=torch.float64) - (_WINDOW - 1) / 2
     weights = torch.exp(-(offsets**2) / (2 * _SIGMA**2))
     weights = (weights / weights.sum()).to(a.device)
     scores = [_ssim_frame(x, y, weights) for x, y in zip(a.flatten(0, 1), b.flatten(0, 1), strict=True)]
@@ -47,7 +48,7 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def _ssim_frame(x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> float:
     # five local means in one pass: [5, 3, H, W] -> [15, 1, H, W]
-    x, y = (F.pad(z, [_WINDOW // 2] * 4, mode="reflect") for z in (x, y))
+    x, y = (F.pad(z.double(), [_WINDOW // 2] * 4, mode="reflect") for z in (x, y))
     maps = torch.stack([x, y, x * x, y * y, x * y]).flatten(0, 1)[:, None]
     maps = F.conv2d(F.conv2d(maps, weights.view(1, 1, -1, 1)), weights.view(1, 1, 1, -1))
     mean_x, mean_y, square_x, square_y, product = maps[:, 0].unflatten(0, (5, -1))

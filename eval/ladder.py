@@ -33,6 +33,7 @@ from dit_sparse.kernels.dense import prefers_cudnn
 from dit_sparse.kernels.fp8 import block_sparse_attention_fp8
 from dit_sparse.kernels.hopper_plan import Tuning
 from dit_sparse.kernels.soft import soft_attention
+from dit_sparse.pipelines.video_io import finished_file
 
 COLUMNS = ("rung", "density", "median ms", "TFLOP/s", "x dense")
 BLOCK = 128
@@ -173,11 +174,12 @@ def write(rows: Sequence[LadderRow], folder: pathlib.Path, title: str, footer: s
     folder.mkdir(parents=True, exist_ok=True)
     found = [asdict(row) for row in rows]
     lines, whole = folder / "ladder.csv", folder / "ladder.json"
-    with lines.open("w", newline="") as file:
+    with finished_file(lines) as path, path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*LadderRow.__dataclass_fields__])
         writer.writeheader()
         writer.writerows(found)
-    whole.write_text(json.dumps({"title": title, "footer": footer, "rows": found}, indent=1) + "\n")
+    with finished_file(whole) as path:
+        path.write_text(json.dumps({"title": title, "footer": footer, "rows": found}, indent=1) + "\n")
     if importlib.util.find_spec("matplotlib") is None:
         return [lines, whole]
     return [lines, whole, draw(rows, folder / "ladder.png", title, footer)]

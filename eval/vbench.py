@@ -88,7 +88,7 @@ def scores(raw: Mapping[str, float]) -> Scores:
         raw: by dimension, with underscores or spaces.
 
     Raises:
-        ValueError: an unknown dimension, or a value that is not finite.
+        ValueError: an unknown dimension, or a value that is not finite or beyond 1.
     """
     values = {name.replace(" ", "_"): value for name, value in raw.items()}
     for name, value in values.items():
@@ -96,6 +96,8 @@ def scores(raw: Mapping[str, float]) -> Scores:
             raise ValueError(f"dimension {name!r} is unknown; VBench has {', '.join(DIMENSIONS)}")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ValueError(f"dimension {name!r} is {value!r}; use a finite number")
+        if abs(value) > 1:
+            raise ValueError(f"dimension {name!r} is {value!r}; VBench's numbers are within -1 and 1, not per cent")
     normalised = {name: DIMENSIONS[name].normalised(float(value)) for name, value in values.items()}
 
     def half(quality: bool) -> float | None:

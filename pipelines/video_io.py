@@ -101,7 +101,9 @@ def read_video(path: str | Path) -> torch.Tensor:
     try:
         with av.open(_plain_name(path)) as container:
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    except (av.FFmpegError, IndexError) as error:
+    except IndexError as error:  # no stream 0 of this kind
+        raise ValueError(f"{path} cannot be read as a video: it holds no video stream") from error
+    except av.FFmpegError as error:
         raise ValueError(f"{path} cannot be read as a video: {error}") from error
     if not frames:
         raise ValueError(f"{path} holds no frames")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .console import UserError, print_json, print_table, progress, refusing
+from .request import check_writable
 
 MAX_TOKENS = 1_000_000
 Update = Callable[[int, int], None]
@@ -201,6 +202,10 @@ def _ladder(
     if grid.tokens > MAX_TOKENS:
         raise UserError(f"--grid {given.get('grid')} has {grid.tokens} tokens; the limit is {MAX_TOKENS}")
     _check_memory("--grid", grid.tokens, shape, device)
+    if out := given.get("out"):  # before the minutes that the measuring takes
+        with refusing(OSError, prefix=f"--out {out}: "):
+            pathlib.Path(out).mkdir(parents=True, exist_ok=True)
+        check_writable(*(pathlib.Path(out) / f"ladder.{kind}" for kind in ("csv", "json", "png")), argument="--out")
     density, failed = (densities or [0.25])[0], dict[str, str]()
     rounds = max(2, round(30 * seconds))
     rows = ladder.bench_ladder(
@@ -209,7 +214,7 @@ def _ladder(
     title, footer = ladder.titles(grid, density=density, device=device, **shape)
     notes = [f"{title}: random activations and lists; the rungs take turns."]
     notes += [f"Not measured: {name}, {reason}." for name, reason in failed.items()]
-    if out := given.get("out"):
+    if out:
         written = ladder.write(rows, pathlib.Path(out), title, footer)
         notes += [f"Written: {path}" for path in written]
         if not any(path.suffix == ".png" for path in written):

@@ -135,9 +135,11 @@ def compare_evaluations(a: str, b: str, *, confidence: float = 0.95, as_json: bo
         for d in found
     ]
     print_table(["method", "measure", "A", "B", f"B - A [{confidence:.0%}]", "B is", "better"], rows)
-    real, judged = (sum(d.says in said for d in found) for said in (("higher", "lower"), ("higher", "lower", "same")))
+    real = sum(d.says in ("higher", "lower") for d in found)
+    judged = sum(d.says != "too few prompts" for d in found)
+    few = f"; too few prompts for {len(found) - judged}" * (judged < len(found))
     print_pairs({"A": a, "B": b, "prompts": found[0].difference.prompts,
-                 "beyond noise": f"{real} of {len(found)}; by chance alone about {(1 - confidence) * len(found):.1f}"})
+                 "beyond noise": f"{real} of {judged}; by chance alone about {(1 - confidence) * judged:.1f}{few}"})
 
 
 def list_measures(as_json: bool = False, *, dimensions: bool = False) -> None:

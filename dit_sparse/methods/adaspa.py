@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..axisorders import pack_bits, unpack_bits
 from ..blockmask import BlockLayout, BlockMask
 from ..grid import TokenGrid
 from ..kernels.attention import block_sparse_attention
 from ..operators import Attend, Operator
-from ..operators_skip import pack_bits, unpack_bits
 from ..order import inverse, layout, video_blocks
 from ..patterns import check_block_size, choose_block_size
 from ..routing import listed_mass, lists_of_maps

@@ -97,6 +97,7 @@ class Method:
     names the option and the allowed values) and implements `plan`. `scored` says whether masks depend on
     the activations: only then does `refresh=N` keep them for N steps. `family_defaults` holds the paper's
     settings by model family, as data: the method's options together with `dense_steps` and `dense_layers`.
+    `lists` says whether its masks are lists of blocks and nothing more, which other methods can choose from.
     `observes` asks that `observe` sees the calls that the schedule keeps dense. `needs` says in a few words what the
     method needs beyond a pipeline ("trained gate weights", "calibration file (optional)"); empty: nothing.
     """
@@ -108,6 +109,7 @@ class Method:
     needs: ClassVar[str] = ""
     scored: ClassVar[bool] = False
     observes: ClassVar[bool] = False
+    lists: ClassVar[bool] = True
     family_defaults: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def plan(self, call: Call) -> Plan:

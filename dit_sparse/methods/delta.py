@@ -10,6 +10,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from ..grid import TokenGrid
 from ..inner import inner_method
 from ..operators_delta import ANCHORS, DeltaRows
@@ -42,6 +44,7 @@ class Delta(Method):
     title: ClassVar[str] = "Delta Attention"
     arxiv: ClassVar[str | None] = "2505.11254"
     scored: ClassVar[bool] = True
+    observes: ClassVar[bool] = True
     parts: ClassVar[dict[str, str]] = {
         "order": "the inner method's",
         "score": "the inner method's",
@@ -83,6 +86,10 @@ class Delta(Method):
     def check(self, grid: TokenGrid) -> None:
         """Raise ValueError when the inner method cannot serve this grid."""
         self.maker(grid).check(grid)
+
+    def observe(self, call: Call, out: Tensor, lse: Tensor | None) -> None:
+        """What the inner method keeps of a dense call."""
+        self.maker(call.grid).observe(call, out, lse)
 
     def plan(self, call: Call) -> Plan:
         """The inner method's plan, its operator corrected."""

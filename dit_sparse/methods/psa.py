@@ -114,6 +114,7 @@ class PSA(Method):
     title: ClassVar[str] = "Pyramid Sparse Attention"
     arxiv: ClassVar[str | None] = "2512.04025"
     scored: ClassVar[bool] = True
+    lists: ClassVar[bool] = False
     parts: ClassVar[dict[str, str]] = {
         "order": "Hilbert curve, or the model's",
         "score": "largest weight between sampled queries and keys",

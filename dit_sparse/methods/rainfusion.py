@@ -210,9 +210,11 @@ class RainFusion(Method):
             rows, inside = call.cached((self, "sample", size), partial(self._sample, call, size))
             part = slice(start, start + tokens, step)
             query, key = call.query[:, part], call.key[:, part]
+            real = None if call.key_mask is None else call.key_mask[:, part]
             chunks = []
             for heads in head_chunks(query.shape[2], 2 * query.shape[0] * len(rows) * size):
-                probs, _ = sampled_row_attention(query[:, :, heads], key[:, :, heads], None, rows, call.scale)
+                probs, _ = sampled_row_attention(query[:, :, heads], key[:, :, heads], None, rows, call.scale,
+                                                 key_mask=real)
                 # (B, h, R * size) x (R * size, widths): mean over the rows of what each band holds
                 chunks.append(probs.flatten(2) @ inside / len(rows))
             found.append(torch.cat(chunks, dim=1))

@@ -18,7 +18,7 @@ from ..blockmask import BlockLayout
 from ..grid import TokenGrid
 from ..order import layout, video_blocks
 from ..patterns import check_block_size, choose_block_size
-from ..routing import route
+from ..routing import route_means
 from ..selection import Rule, rows_kept
 from .base import Call, Method, Plan, check_range
 
@@ -105,4 +105,5 @@ class RainFusion2(Method):
         # Blocks that are kept anyway take no place in the ranking, unless the paper's count is asked for.
         rule = Rule("top_k", count, rows=slice(sink, video), columns=slice(sink if self.count_forced else 0, video),
                     forced_columns=slice(0, sink))
-        return Plan(route(call.query, call.key, blocks, blocks, call.scale, rule))
+        means = call.block_mean("query", blocks), call.block_mean("key", blocks)
+        return Plan(route_means(*means, blocks, blocks, call.scale, rule))

@@ -163,7 +163,7 @@ class SVG(Method):
         "operate": "drop",
         "remember": "bands per shape; the choice may be kept for some steps (refresh)",
     }
-    # Source: the authors' scripts at 720p. They give none for Wan 2.1 1.3B (issue 19 reports visible loss).
+    # Source: the authors' scripts at 720p. They give none for Wan 2.1 1.3B (users report visible loss).
     family_defaults: ClassVar[dict[str, dict]] = {
         "wan": {"density": 0.3, "count_forced": False, "dense_steps": 0.2, "dense_layers": 1},
         "hunyuan": {
@@ -191,9 +191,11 @@ class SVG(Method):
     def __post_init__(self) -> None:
         check_range(self.name, "density", self.density, 0, 1, open_low=True)
         check_range(self.name, "profile_frames", self.profile_frames, 0, 1000, open_low=True)
-        for name, allowed in (("sink", SINKS), ("edge", EDGES), ("count_forced", (True, False))):
+        for name, allowed in (("sink", SINKS), ("edge", EDGES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"svg: {name}={getattr(self, name)!r} is not allowed; use one of {allowed}")
+        if not isinstance(self.count_forced, bool):
+            raise ValueError(f"svg: count_forced={self.count_forced!r} is not allowed; use True or False")
         for name in ("rows", "row_range"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):

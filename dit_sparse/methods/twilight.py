@@ -133,6 +133,7 @@ class Twilight(Method):
     title: ClassVar[str] = "Twilight"
     arxiv: ClassVar[str | None] = "2502.02770"
     scored: ClassVar[bool] = True
+    observes: ClassVar[bool] = True
     parts: ClassVar[dict[str, str]] = {
         "order": "the inner method's",
         "score": "estimated softmax shares of the inner method's blocks",
@@ -162,6 +163,8 @@ class Twilight(Method):
     def selector(self) -> Method:
         """The inner method, at the density of its candidates."""
         inner = inner_method(self.name, self.inner, block_size=self.block_size)
+        if not inner.lists:
+            raise ValueError(f"twilight: inner={inner.name!r} is not allowed; its masks are more than lists of blocks")
         steers = "density" in {field.name for field in dataclasses.fields(inner)}
         if self.density is not None and not steers:
             raise ValueError(
@@ -176,6 +179,10 @@ class Twilight(Method):
         """Raise ValueError when the inner method cannot serve this grid."""
         self.selector().check(grid)
 
+    def observe(self, call: Call, out: Tensor, lse: Tensor | None) -> None:
+        """What the inner method keeps of a dense call."""
+        self.selector().observe(call, out, lse)
+
     def plan(self, call: Call) -> Plan:
         """The inner method's plan, with the blocks that the share can do without taken out."""
         plan = self.selector().plan(call)
@@ -185,7 +192,7 @@ class Twilight(Method):
         """The fewest blocks of a mask that hold the share; rows and columns of text stay as they are.
 
         Raises:
-            ValueError: when the mask holds more than lists of blocks, such as a pyramid's levels.
+            ValueError: when the mask holds more than lists of blocks, such as the levels of `psa` inside of `delta`.
         """
         if type(mask) is not BlockMask:
             name, kind = self.selector().name, type(mask).__name__

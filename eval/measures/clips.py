@@ -148,7 +148,8 @@ def luma(video: torch.Tensor) -> torch.Tensor:
 def read_clip(path: str | Path, *, fps: float | None = None) -> Clip:
     """Read a clip from any file that FFmpeg reads.
 
-    10-bit video is rounded to 8 bits; a clip that a phone took upright is turned as players do.
+    10-bit video is rounded to 8 bits; a clip that a phone took upright is turned as players do. VP8 and VP9 keep alpha
+    in a stream of its own, which FFmpeg's decoders leave out: the file says so by the tag `alpha_mode`.
 
     Args:
         path: the file.
@@ -168,8 +169,10 @@ def read_clip(path: str | Path, *, fps: float | None = None) -> Clip:
     with av.open(str(path.resolve())) as container:
         stream = container.streams.video[0]
         formats = stream.codec_context.format
-        if formats is not None and any(component.is_alpha for component in formats.components):
-            raise ValueError(f"{path} has an alpha channel ({formats.name}); flatten it onto a background first")
+        tagged = any(key.lower() == "alpha_mode" and value == "1" for key, value in stream.metadata.items())
+        if tagged or (formats is not None and any(component.is_alpha for component in formats.components)):
+            kind = "alpha_mode 1" if tagged or formats is None else formats.name
+            raise ValueError(f"{path} has an alpha channel ({kind}); flatten it onto a background first")
         rate = float(stream.average_rate or 0)
         rotation = next((getattr(frame, "rotation", 0) for frame in container.decode(video=0)), 0)
     if fps is not None and not math.isclose(rate, check_fps(fps), rel_tol=1e-3):

@@ -109,6 +109,8 @@ REFUSALS = {
     "8-bit attention elsewhere": (["step", "--fp8", "attention", "--device", "cpu"], "--fp8 cannot run here"),
     "8-bit what": (["step", "--fp8", "all"], "linear, attention, both"),
     "misplaced rung": (["routing", "--fp8", "linear"], "--fp8"),
+    "no folder": (["ladder", "--out", __file__], "--out"),
+    "no new folder": (["ladder", "--out", "/proc/none"], "--out /proc/none"),
     "two densities": (["ladder", "--density", "0.2", "--density", "0.3"], "takes one"),
     "kernel elsewhere": (["step", "--backend", "triton", "--method", "svg", "--device", "cpu"], "triton"),
 }

@@ -38,7 +38,8 @@ def test_run_show_and_compare(dit_sparse, config: Path) -> None:
     assert "dit-sparse eval run small.yaml --output eval-small" in page
     done = dit_sparse("eval", "compare", "eval-small:dense", "eval-small:svg", "--json")
     assert done.code == 0 and {d["says"] for d in done.json["differences"]} == {"too few prompts"}
-    assert "beyond noise" in dit_sparse("eval", "compare", "eval-small", "eval-small").out
+    said = dit_sparse("eval", "compare", "eval-small", "eval-small").out
+    assert "beyond noise" in said and "0 of 0" in said and "too few prompts for" in said  # two prompts judge nothing
     wrong = dit_sparse("eval", "compare", "eval-small", "eval-small", "--confidence", "95")
     assert "confidence=95.0 is not allowed" in wrong.refusal()
 
@@ -131,6 +132,8 @@ def test_any_file_is_measured(dit_sparse, videos: Path) -> None:
     assert (portrait["height"], portrait["width"]) == (64, 48) and portrait["values"]
     one = dit_sparse("eval", "clip", "one.mp4", "--measure", "temporal_flickering")
     assert one.code == 0 and "1 frame; this measure needs 2" in one.out
+    words = ["--prompt", "a cat", "--measure", "world_color", "--json"]
+    assert dit_sparse("eval", "clip", "a.mp4", *words).json["reasons"]["world_color"].startswith("does not apply")
 
 
 BAD_FILES = {
@@ -143,6 +146,8 @@ BAD_FILES = {
     "sizes": (["portrait.mp4", "a.mp4"], "video is 48x64 with 5 frames and reference 64x64"),
     "alpha": (["alpha.mkv"], "alpha.mkv has an alpha channel"),
     "measure": (["a.mp4", "--measure", "pnsr"], "'pnsr' is unknown"),
+    "nothing to compare with": (["a.mp4", "--measure", "psnr"], "--measure psnr needs a second video"),
+    "no prompt": (["a.mp4", "--measure", "world_color"], "--measure world_color needs --prompt"),
 }
 
 
@@ -166,6 +171,7 @@ WRONG = {
     "halves": (["import-vbench", "scores.json", "--folder", "full"], "--folder and --method belong together"),
     "scores": (["import-vbench", "scores.json"], "scores.json cannot be read"),
     "export": (["export-vbench", "full", "svg", "--output", "out"], "cannot be read"),
+    "export onto a file": (["export-vbench", "--output", "small.yaml"], "--output small.yaml: "),
     "dimension": (["export-vbench", "--output", "out", "--dimension", "beauty"], "'beauty' is unknown; VBench has"),
     "half": (["export-vbench", "full", "--output", "out"], "FOLDER and METHOD belong together"),
     "dino": (["run", "dino.yaml"], "holds pytorch_model.bin; only safetensors are read"),

@@ -95,19 +95,19 @@ def test_pooled_scores_of_text_are_apart_from_video() -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_select_pooled_equals_selection_of_all_heads(monkeypatch: pytest.MonkeyPatch, masked: bool) -> None:
+def test_select_means_equals_selection_of_all_heads(monkeypatch: pytest.MonkeyPatch, masked: bool) -> None:
     query_layout, key_layout = BlockLayout.raster(100, 16), BlockLayout.raster(77, 8)
     query, key = torch.randn(2, 100, 5, 8), torch.randn(2, 77, 5, 8)
     mask = torch.arange(77).expand(2, -1) < 60 if masked else None
     if masked:
         key[:, 60:] = NAN
-    args = query, key, query_layout, key_layout, 0.3
-    scores = scoring.pooled_scores(*args, key_mask=mask)
+    means = scoring.pool(query, query_layout), scoring.pool(key, key_layout, mask=mask)
+    scores = scoring.pooled_scores(query, key, query_layout, key_layout, 0.3, key_mask=mask)
     assert scores.isfinite().all()
     expected = select_top_k(scores, 3)
     for limit in (1, 2**26):
         monkeypatch.setattr(scoring, "_NUMBERS_AT_ONCE", limit)
-        keep = scoring.select_pooled(*args, lambda s, heads: select_top_k(s, 3), key_mask=mask)
+        keep = scoring.select_means(*means, 0.3, lambda s, heads: select_top_k(s, 3))
         assert torch.equal(keep, expected)
 
 
@@ -182,6 +182,7 @@ def test_scores_never_read_a_tensor() -> None:
     x = torch.rand(1, 113, 2, 8, device="meta")
     layout = BlockLayout.from_order(torch.zeros(1, 2, 113, dtype=torch.int64, device="meta"), 32)
     mask = torch.ones(1, 113, dtype=torch.bool, device="meta")
-    keep = scoring.select_pooled(x, x, layout, layout, 1.0, lambda s, heads: select_top_k(s, 2), key_mask=mask)
+    means = scoring.pool(x, layout), scoring.pool(x, layout, mask=mask)
+    keep = scoring.select_means(*means, 1.0, lambda s, heads: select_top_k(s, 2))
     assert keep.shape == (1, 2, 4, 4)
     assert scoring.block_mass(x, x, layout, layout, 1.0, key_mask=mask).shape == (1, 2, 4, 4)

@@ -45,7 +45,7 @@ WRONG = {
     "labels": ({"methods": ["svg", "svg"]}, "'svg' stands twice"),
     "dense label": ({"methods": ["dense"]}, "label 'dense' belongs"),
     "path label": ({"methods": [{"name": "svg", "label": "../x"}]}, "label '../x' is not allowed"),
-    "empty prompt": ({"prompts": ["a", " "]}, "prompts, entry 2 is text; write a text"),
+    "empty prompt": ({"prompts": ["a", " "]}, "prompts, entry 2 is blank; write a text"),
     "twice": ({"prompts": ["a", "a"]}, "'a' stands twice"),
     "prompt file": ({"prompts": "none.txt"}, "the file none.txt cannot be read"),
     "seed": ({"seeds": [-1]}, "seeds, entry 1 is -1; use a whole number"),

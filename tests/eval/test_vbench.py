@@ -37,13 +37,13 @@ def test_files(tmp_path: Path) -> None:
 
 
 WRONG = {"list": [], "text": {"scene": "good"}, "empty": {"scene": []}, "unknown": {"beauty": [0.5]},
-         "word": {"scene": ["x"]}, "NaN": {"scene": [float("nan")]}}
+         "word": {"scene": ["x"]}, "NaN": {"scene": [float("nan")]}, "per cent": {"imaging_quality": [67.2]}}
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_files_are_one_line(tmp_path: Path, case: str) -> None:
     (tmp_path / "r.json").write_text(json.dumps(WRONG[case]))
-    with pytest.raises(ValueError, match="result of VBench|is unknown|finite number") as caught:
+    with pytest.raises(ValueError, match="result of VBench|is unknown|finite number|not per cent") as caught:
         read_scores(tmp_path / "r.json")
     assert "\n" not in str(caught.value)
     for name in ("none.json", "bad.json"):

@@ -195,6 +195,13 @@ def test_run_and_its_summary(make_call) -> None:
     assert any("dense, to correct" in title for title in found.operators)
 
 
+def test_inner_method_sees_dense_calls(make_call) -> None:
+    """Centroids of dense steps serve the first sparse one, as when the inner method runs by itself."""
+    call = make_call(GRID)
+    Delta(inner=build("svg2", dense_init=True)).observe(call, call.value, None)
+    assert Delta.observes and call.state.recall("centroids") is not None
+
+
 def test_operators_are_options() -> None:
     call = Call(*torch.randn(3, 1, 60, 1, 8).unbind(0), TokenGrid(3, 4, 5), 0.3)
     assert Delta().plan(call).operator == DeltaRows(64, "nearest", Drop())

@@ -1,6 +1,7 @@
 """What holds for every method, on every kind of grid."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -105,6 +106,28 @@ def test_operator_equals_masked_attention(variant, make_call) -> None:
         call.query, call.key, call.value, mask.token_mask(), call.scale, key_mask
     )
     assert torch.allclose(out, want, atol=1e-5) and torch.allclose(lse, want_lse, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=_id)
+def test_keys_that_are_masked_decide_nothing(variant, make_call) -> None:
+    """Whatever numbers masked keys and values hold, masks and output are the same."""
+    from dit_sparse.kernels.attention import block_sparse_attention
+    from dit_sparse.memory import State
+
+    grid = TokenGrid(3, 9, 11, text=20, text_at="front")
+    real = torch.ones(2, grid.tokens, dtype=torch.bool)
+    real[0, :7], real[1, 60:220], real[1, -30:] = False, False, False
+    call = make_call(grid, batch=2, head_dim=16, key_mask=real)
+    method, found = build(variant[0], **variant[1]), []
+    for junk in (0.0, 50.0):
+        key, value = (x.masked_fill(~real[..., None, None], junk) for x in (call.key, call.value))
+        now = dataclasses.replace(call, key=key, value=value, state=State(),
+                                  generator=torch.Generator().manual_seed(3))
+        plan = method.plan(now)
+        attend = functools.partial(block_sparse_attention, scale=call.scale, key_mask=real)
+        found.append((plan.mask.to_dense(), plan.operator.run(now, plan.mask, attend)[0]))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -229,6 +229,14 @@ def test_every_method_can_propose(name: str) -> None:
     torch.testing.assert_close(*outs, atol=1e-6, rtol=1e-5)
 
 
+def test_inner_method_sees_dense_calls() -> None:
+    """What the inner method keeps of calls that the schedule leaves dense is there at the first sparse one."""
+    call = planted_call(TokenGrid(5, 9, 11))
+    lse = torch.randn(*call.query.transpose(1, 2).shape[:3])
+    Twilight(inner="adaspa").observe(call, call.value, lse)
+    assert Twilight.observes and torch.equal(call.state.recall("lse"), lse)
+
+
 def test_inner_method() -> None:
     assert inner_method("twilight", "svg", block_size=64, density=0.4) == build("svg", block_size=64, density=0.4)
     assert inner_method("twilight", Radial(decay=0.5)).decay == 0.5
@@ -247,6 +255,7 @@ def test_inner_method() -> None:
         ({"inner": "dense"}, "inner='dense'"),
         ({"inner": "twilight"}, "inner='twilight'"),
         ({"inner": 3}, "inner=3"),
+        ({"inner": "psa"}, "inner='psa' is not allowed; its masks are more than lists of blocks"),
         ({"candidates": 0}, "candidates=0"),
         ({"density": 2}, "density=2"),
         ({"inner": "radial", "density": 0.2}, "radial"),

@@ -293,6 +293,19 @@ def test_files(tmp_path: Path) -> None:
         read_clip(write(tmp_path / "alpha.mkv", video, "ffv1", "bgra"))
 
 
+def test_files_whose_alpha_the_decoder_leaves_out_and_files_of_sound(tmp_path: Path) -> None:
+    program = pytest.importorskip("imageio_ffmpeg").get_ffmpeg_exe()
+    made = {"alpha.webm": ["testsrc=s=64x48:r=8,format=yuva420p", "-c:v", "libvpx-vp9", "-pix_fmt", "yuva420p"],
+            "sound.wav": ["sine=d=0.2"]}
+    for name, (source, *words) in made.items():
+        command = [program, "-f", "lavfi", "-i", source, "-t", "0.5", *words, name]
+        assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0
+    with pytest.raises(ValueError, match=r"alpha\.webm has an alpha channel"):
+        read_clip(tmp_path / "alpha.webm")
+    with pytest.raises(ValueError, match=r"sound\.wav cannot be read as a video: it holds no video stream"):
+        read_clip(tmp_path / "sound.wav")
+
+
 def test_a_clip_that_a_phone_took_upright_is_turned(tmp_path: Path) -> None:
     """The file holds 64x48 and says that players turn it: it is measured as people see it, 48x64."""
     program = pytest.importorskip("imageio_ffmpeg").get_ffmpeg_exe()
