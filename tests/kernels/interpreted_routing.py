@@ -195,7 +195,7 @@ def test_rainfusion2_plans_the_same_mask(grid: TokenGrid, monkeypatch: pytest.Mo
         method = rainfusion2.RainFusion2(density=0.3, count_forced=count_forced, block_size=32, tile=4)
         want = method.plan(call).mask
         with monkeypatch.context() as patch:
-            patch.setattr(rainfusion2, "route", functools.partial(routing.route, kernels=True))
+            patch.setattr(rainfusion2, "route_means", functools.partial(routing.route_means, kernels=True))
             got = method.plan(call).mask
         assert got is not None and want is not None and same(got, want)
         assert torch.equal(got.density(), want.density())
