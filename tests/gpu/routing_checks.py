@@ -19,7 +19,7 @@ from dit_sparse.blockmask import BlockLayout, BlockMask
 from dit_sparse.grid import TokenGrid
 from dit_sparse.kernels.attention import block_sparse_attention
 from dit_sparse.memory import Memory
-from dit_sparse.methods import build, rainfusion2, svg
+from dit_sparse.methods import build
 from dit_sparse.methods.base import Call
 from dit_sparse.selection import Rule
 from tests.gpu.checks import poisoned
@@ -250,13 +250,13 @@ def speeds(log: Callable[[str], None]) -> list[dict[str, Any]]:
         rows.append({"what": what, "ms": took, "share": share})
         log(f"{took:8.3f} ms  {100 * share:6.2f} %  {what}")
 
-    def planned(method: Any, module: Any, name: str, used: bool) -> Any:
-        original = getattr(module, name)
-        setattr(module, name, partial(original, kernels=used))
+    def planned(method: Any, used: bool) -> Any:
+        before = os.environ.get("DIT_SPARSE_ROUTING", "")
+        os.environ["DIT_SPARSE_ROUTING"] = str(int(used))
         try:
-            return method.plan(call)
+            return method.plan(dataclasses.replace(call))  # a fresh one: a call keeps the means that it made
         finally:
-            setattr(module, name, original)
+            os.environ["DIT_SPARSE_ROUTING"] = before
 
     log(f"routing at {grid}, {heads} heads of 128, bf16; % of the attention at density .2")
     row("attention, density .2, K and V put in order", lambda: block_sparse_attention(query, key, value, mask))
@@ -267,8 +267,8 @@ def speeds(log: Callable[[str], None]) -> list[dict[str, Any]]:
         row(f"pool queries, tile order, {name}", lambda u=used: routing.pool(query, layout, kernels=u))
         row(f"route, top-k 119, {name}",
             lambda u=used: routing.route(query, key, layout, layout, scale, rule, kernels=u))
-        row(f"plan of rainfusion2, {name}", lambda u=used: planned(ranked, rainfusion2, "route", u))
-        row(f"plan of svg, {name}", lambda u=used: planned(banded, svg, "row_errors", u))
+        row(f"plan of rainfusion2, {name}", lambda u=used: planned(ranked, u))
+        row(f"plan of svg, {name}", lambda u=used: planned(banded, u))
     raster = BlockLayout.raster(grid.tokens, 128, "cuda")
     row("pool queries, raster, kernels", lambda: routing.pool(query, raster, kernels=True))
     block_query, block_key = (routing.pool(x, layout, kernels=True) for x in (query, key))
