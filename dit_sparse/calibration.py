@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,9 +22,10 @@ from .axisorders import (
     check_options,
     choose_order,
     order_statistics,
-    pack_bits,
     static_keep,
 )
+from .bits import pack_bits
+from .choicefile import check_grid_and_block, check_made_for, reason_of, version_of
 from .grid import TokenGrid
 from .methods.base import Call, Method, Plan
 from .order import per_head
@@ -88,11 +88,9 @@ class Calibration:
 
     def check(self, grid: TokenGrid, layers: int | None = None, heads: int | None = None) -> None:
         """Raise ValueError, in one line, unless it was made for such a grid and model."""
-        for name, mine, theirs in (("grid", self.grid, grid.sizes), ("layers", self.orders.shape[0], layers),
-                                   ("heads", self.orders.shape[1], heads)):
-            if theirs is not None and mine != theirs:
-                said, asked = ("x".join(map(str, x)) if isinstance(x, tuple) else x for x in (mine, theirs))
-                raise ValueError(f"calibration was made for {name} {said}, not {asked}; calibrate anew or leave it out")
+        check_made_for("calibration", "calibrate anew or leave it out", (
+            ("grid", self.grid, grid.sizes), ("layers", self.orders.shape[0], layers),
+            ("heads", self.orders.shape[1], heads)))
 
 
 def load_calibration(path: str | PathLike[str]) -> Calibration:
@@ -101,11 +99,7 @@ def load_calibration(path: str | PathLike[str]) -> Calibration:
     Raises:
         ValueError: no such file, not such a file, or parts that do not fit; one line that names the file.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"calibration={str(file)!r} is not a file; use one that calibrate(...).save(path) wrote")
-    state = file.stat()
-    return _load(str(file), state.st_mtime_ns, state.st_size)
+    return _load(*version_of("calibration", path, "calibrate(...).save(path)"))
 
 
 @lru_cache(maxsize=4)
@@ -118,14 +112,11 @@ def _load(path: str, *_: int) -> Calibration:
             if head.get("format") != FORMAT:
                 raise ValueError(f"its format is {head.get('format')!r}, not {FORMAT!r}")
             about = json.loads(head["about"])
-            sizes = [about["block_size"], *about["grid"]]
-            if len(sizes) != 4 or any(type(n) is not int or n < 1 for n in sizes):
-                raise ValueError("its grid and block_size are not whole numbers >= 1")
+            check_grid_and_block(about)
             return Calibration(tuple(about["grid"]), about["block_size"], float(about["density"]),
                                file.get_tensor("orders"), file.get_tensor("masks"))
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"calibration={path!r} cannot be read: {reason}") from error
+        raise ValueError(f"calibration={path!r} cannot be read: {reason_of(error)}") from error
 
 
 # -- making one ----------------------------------------------------------------------------------------------------

@@ -185,3 +185,37 @@ def block_scores(
     block, cluster = (x[..., None].expand(-1, -1, -1, key_blocks) for x in query)
     best = pairs.new_zeros(batch, heads, query_blocks, key_blocks)
     return best.scatter_reduce(-2, block, found.gather(-2, cluster), "amax")
+
+
+def counts_in_blocks(labels: Tensor, clusters: int, block_size: int) -> Tensor:
+    """How many tokens of each cluster lie in each block of the sorted tokens.
+
+    Args:
+        labels, clusters, block_size: as in `touches`.
+
+    Returns:
+        float32 (B, H, blocks, clusters).
+    """
+    tokens = labels.shape[-1]
+    blocks = -(-tokens // block_size)
+    place = torch.div(torch.arange(tokens, device=labels.device), block_size, rounding_mode="floor") * clusters + labels
+    found = torch.zeros(*labels.shape[:2], blocks * clusters, device=labels.device)
+    # Sums of ones are exact in any order.
+    found.scatter_add_(-1, place, torch.ones_like(place, dtype=torch.float32))
+    return found.unflatten(-1, (blocks, clusters))
+
+
+def block_shares(shares: Tensor, sizes: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """The attention that the queries of a block are expected to give to a block of keys, added up.
+
+    A query gives to a cluster of keys what its own cluster gives, and every key of a cluster gets the same.
+
+    Args:
+        shares: float32 (B, h, Kq, Kk), as `pair_shares` gives them.
+        sizes: float32 (B, h, Kk), tokens of the key clusters.
+        query, key: what `counts_in_blocks` gives for them.
+
+    Returns:
+        float32 (B, h, query blocks, key blocks).
+    """
+    return query @ ((shares / sizes.clamp(min=1)[..., None, :]) @ key.mT)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .choicefile import check_grid_and_block, check_made_for, reason_of, version_of
 from .grid import TokenGrid
 
 __all__ = ["MODES", "HeadModes", "choose", "load_modes", "relative_cost"]
@@ -106,8 +107,7 @@ def _read(file: Path, form: str, option: str) -> dict[str, Any]:
     try:
         held = json.loads(file.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{option}={str(file)!r} cannot be read: {reason}") from error
+        raise ValueError(f"{option}={str(file)!r} cannot be read: {reason_of(error)}") from error
     if not isinstance(held, dict) or held.get("format") != form:
         said = held.get("format") if isinstance(held, dict) else None
         raise ValueError(f"{option}={str(file)!r} cannot be read: its format is {said!r}, not {form!r}")
@@ -156,11 +156,9 @@ class HeadModes:
               steps: int | None = None) -> None:
         """Raise ValueError, in one line, unless it was made for such a grid, model and number of steps."""
         made = dict(zip(("steps", "layers", "heads"), self.modes.shape, strict=True))
-        for name, mine, theirs in (("grid", self.grid, grid.sizes), ("layers", made["layers"], layers),
-                                   ("heads", made["heads"], heads), ("steps", made["steps"], steps)):
-            if theirs is not None and mine != theirs:
-                said, asked = ("x".join(map(str, x)) if isinstance(x, tuple) else x for x in (mine, theirs))
-                raise ValueError(f"the search was made for {name} {said}, not {asked}; search anew or leave it out")
+        check_made_for("the search", "search anew or leave it out", (
+            ("grid", self.grid, grid.sizes), ("layers", made["layers"], layers), ("heads", made["heads"], heads),
+            ("steps", made["steps"], steps)))
 
     def stripe_map(self, layer: int) -> Tensor:
         """bool (heads, video blocks): the stripes of a layer."""
@@ -187,20 +185,14 @@ def load_modes(path: str | PathLike[str]) -> HeadModes:
     Raises:
         ValueError: no such file, not such a file, or parts that do not fit; one line that names the file.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"table={str(file)!r} is not a file; use one that search(...).save(path) wrote")
-    state = file.stat()
-    return _load(str(file), state.st_mtime_ns, state.st_size)
+    return _load(*version_of("table", path, "search(...).save(path)"))
 
 
 @lru_cache(maxsize=4)
 def _load(path: str, *_: int) -> HeadModes:
     held = _read(Path(path), FORMAT, "table")
     try:
-        sizes = [held["block_size"], *held["grid"]]
-        if len(sizes) != 4 or any(type(n) is not int or n < 1 for n in sizes):
-            raise ValueError("its grid and block_size are not whole numbers >= 1")
+        check_grid_and_block(held)
         modes = torch.tensor([[[int(digit) for digit in row] for row in step] for step in held["modes"]])
         stripes = {}
         for place, ids in held["stripes"].items():
@@ -208,5 +200,4 @@ def _load(path: str, *_: int) -> HeadModes:
             stripes[int(layer), int(head)] = list(ids)
         return HeadModes(tuple(held["grid"]), held["block_size"], float(held["density"]), modes, stripes)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"table={path!r} cannot be read: {reason}") from error
+        raise ValueError(f"table={path!r} cannot be read: {reason_of(error)}") from error

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from .axisorders import pack_bits, unpack_bits
+from .bits import pack_bits, unpack_bits
 from .blockmask import BlockMask
 from .operators import Attend, SkipBlocks
 

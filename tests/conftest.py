@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 
 # Before anything imports the hub client, transformers or diffusers: they read these once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -33,3 +34,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _fixed_seed() -> None:
     """Every test starts from the same state of the global generators."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Deterministic mode fills fresh memory with NaN, or the largest integer."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

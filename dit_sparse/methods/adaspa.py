@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..axisorders import pack_bits, unpack_bits
+from ..bits import pack_bits, unpack_bits
 from ..blockmask import BlockLayout, BlockMask
 from ..grid import TokenGrid
 from ..kernels.attention import block_sparse_attention

@@ -21,10 +21,9 @@ from ..axisorders import (
     check_options,
     choose_order,
     order_statistics,
-    pack_bits,
     static_keep,
-    unpack_bits,
 )
+from ..bits import pack_bits, unpack_bits
 from ..blockmask import BlockLayout
 from ..calibration import Calibration, group_of, load_calibration
 from ..grid import TokenGrid

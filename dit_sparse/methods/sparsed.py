@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..axisorders import pack_bits, unpack_bits
+from ..bits import pack_bits, unpack_bits
 from ..blockmask import BlockLayout
 from ..grid import TokenGrid
 from ..order import layout, video_blocks

@@ -14,6 +14,7 @@ counts what is computed, so it is not touched by this.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,7 +22,17 @@ import torch
 from torch import Tensor
 
 from ..blockmask import BlockLayout, BlockMask
-from ..clustering import Clusters, block_scores, kmeans, pair_shares, reordered, seeds, touches
+from ..clustering import (
+    Clusters,
+    block_scores,
+    block_shares,
+    counts_in_blocks,
+    kmeans,
+    pair_shares,
+    reordered,
+    seeds,
+    touches,
+)
 from ..grid import TokenGrid
 from ..order import layout, video_blocks
 from ..patterns import check_block_size, choose_block_size, key_blocks_kept
@@ -56,9 +67,9 @@ class SVG2(Method):
     Args:
         top_p: share of its softmax that the kept key clusters of a query cluster hold; a cluster is kept while those
             before it hold at most so much. 1 keeps everything.
-        density: None: `top_p` decides. A number: every query block keeps the key blocks whose best pair of clusters
-            ranks highest, as many as bring the whole mask within 0.03 of it on 2,000 tokens and more, text included;
-            `top_p` and `min_kc_ratio` then have no effect. The last kept cluster may be kept in part.
+        density: None: `top_p` decides. A number: every query block keeps the key blocks that hold most of its
+            expected attention, as many as bring the whole mask within 0.03 of it on 2,000 tokens and more, text
+            included; `top_p` and `min_kc_ratio` then have no effect. The last kept cluster may be kept in part. Ours.
         query_clusters, key_clusters: how many; None chooses by the length of the sequence. More than there are tokens
             count as so many.
         min_kc_ratio: fraction of the key clusters that every query cluster keeps in any case.
@@ -157,20 +168,28 @@ class SVG2(Method):
         sorted_labels = [torch.sort(x.labels, dim=-1, stable=True) for x in (query, key)]
         layouts = [reordered(x, grid, by.indices) for x, by in zip(plain, sorted_labels, strict=True)]
         blocks = [video_blocks(x, grid) for x in plain]
-        met = [touches(by.values, part.sizes.shape[-1], x.block_size)
-               for x, by, part in zip(plain, sorted_labels, (query, key), strict=True)]
         shares = pair_shares(query, key, call.scale)
+        counts = query.sizes.shape[-1], key.sizes.shape[-1]
         chosen: dict[str, Any] = {"rows": slice(0, blocks[0]), "columns": slice(0, blocks[1])}
+
+        def parts(heads: slice, find: Callable[[Tensor, int, int], Any]) -> list[Any]:
+            return [find(by.values[:, heads], n, x.block_size)
+                    for x, by, n in zip(plain, sorted_labels, counts, strict=True)]
+
         if self.density is None:
             least = int(self.min_kc_ratio * shares.shape[-1])
             pairs = select_top_p(shares, self.top_p, least=least).to(torch.float32)
             rule = Rule("threshold", 0.5, **chosen)
         else:
-            pairs, rule = shares, Rule("top_k", key_blocks_kept(self.density, grid, blocks[1]), **chosen)
+            rule = Rule("top_k", key_blocks_kept(self.density, grid, blocks[1]), **chosen)
 
         def scores(heads: slice) -> Tensor:
-            rows, columns = ((block[:, heads], cluster[:, heads]) for block, cluster in met)
-            found = block_scores(pairs[:, heads], rows, columns, blocks[0], blocks[1])
+            if self.density is None:
+                rows, columns = parts(heads, touches)
+                found = block_scores(pairs[:, heads], rows, columns, blocks[0], blocks[1])
+            else:
+                rows, columns = parts(heads, counts_in_blocks)
+                found = block_shares(shares[:, heads], key.sizes[:, heads], rows, columns)
             beyond = [x.blocks - n for x, n in zip(plain, blocks, strict=True)]  # text, which the rule keeps anyway
             return torch.nn.functional.pad(found, (0, beyond[1], 0, beyond[0]))
 

@@ -22,12 +22,7 @@ FP16, FP32 = torch.float16, torch.float32
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.fixture(autouse=True)
-def _poisoned_memory() -> Iterator[None]:
-    """Deterministic mode fills fresh memory with NaN, or the largest integer."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def make_layout(kind: str, tokens: int, block: int, heads: int = 1) -> BlockLayout:

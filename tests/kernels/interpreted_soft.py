@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -13,13 +11,7 @@ from dit_sparse.kernels.blocks import Blocks
 from tests.kernels.cases import Case
 from tests.kernels.soft_rule import CASES, check, inputs_of, masked_out, merge, run
 
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory() -> Iterator[None]:
-    """Deterministic mode fills fresh memory with NaN, or the largest integer."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

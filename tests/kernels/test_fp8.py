@@ -5,7 +5,6 @@ as threads (fp8_emulator.py); both are compiled for sm_90 (offline_fp8.py). test
 """
 
 import dataclasses
-import importlib.util
 import os
 import pathlib
 import subprocess
@@ -25,9 +24,8 @@ from dit_sparse.kernels.quantise import BLOCK, SCORES, dequantise, quantise_refe
 from dit_sparse.kernels.reference import attention_reference
 from tests.kernels.cases import Case, Inputs, build
 from tests.kernels.fp8_rule import formula_problem, kernel_problem, noise_bound, noise_figures, rounding_noise
+from tests.kernels.toolchain import needs_assembler, needs_triton
 
-TRITON = importlib.util.find_spec("triton")
-ASSEMBLER = pathlib.Path(TRITON.origin).parent / "backends/nvidia/bin/ptxas" if TRITON and TRITON.origin else None
 HERE = pathlib.Path(__file__).parent
 FITS = Case(dtype=torch.float16, query_block=128, key_block=128)
 
@@ -276,7 +274,7 @@ def test_the_plan_never_copies_tiles() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not TRITON, reason="triton is not installed")
+@needs_triton
 def test_quantising_kernels_in_the_interpreter() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     environment.pop("PYTEST_ADDOPTS", None)
@@ -286,7 +284,7 @@ def test_quantising_kernels_in_the_interpreter() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(ASSEMBLER is None or not ASSEMBLER.exists(), reason="needs triton with NVIDIA's assembler")
+@needs_assembler
 def test_compiles_without_spills_and_with_overlapped_products() -> None:
     """One variant of each kind; `python tests/kernels/offline_fp8.py` compiles all of them."""
     cases = ["fp8-128", "fp8-64", "fp8-128-everything", "int8-128", "int8-128-everything", "quantise-128-int8"]

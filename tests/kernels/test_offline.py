@@ -1,19 +1,18 @@
 """Compiles the kernels for Hopper without a GPU: nothing may spill, and matrix products must stay overlapped."""
 
-import importlib.util
 import pathlib
 import subprocess
 import sys
 
 import pytest
 
+from tests.kernels.toolchain import needs_assembler
+
 SCRIPT = pathlib.Path(__file__).with_name("offline_compile.py")
-TRITON = importlib.util.find_spec("triton")
-ASSEMBLER = pathlib.Path(TRITON.origin).parent / "backends/nvidia/bin/ptxas" if TRITON and TRITON.origin else None
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(ASSEMBLER is None or not ASSEMBLER.exists(), reason="needs triton with NVIDIA's assembler")
+@needs_assembler
 @pytest.mark.parametrize("case", ["bf16-128", "bf16-128-everything", "fp16-64"])
 def test_portable_kernel_compiles_for_hopper_without_spills(case: str) -> None:
     done = subprocess.run([sys.executable, str(SCRIPT), "--cases", case], capture_output=True, text=True)
@@ -21,7 +20,7 @@ def test_portable_kernel_compiles_for_hopper_without_spills(case: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(ASSEMBLER is None or not ASSEMBLER.exists(), reason="needs triton with NVIDIA's assembler")
+@needs_assembler
 def test_hopper_kernel_compiles_without_spills_and_with_overlapped_products() -> None:
     """One variant of each kind of order; `python tests/kernels/offline_compile.py` compiles all of them."""
     cases = ["hopper-bf16-128-128-raster", "hopper-bf16-everything", "hopper-fp16-64-tiles-ragged",

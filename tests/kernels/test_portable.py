@@ -3,8 +3,6 @@
 TRITON_INTERPRET is read when triton is imported and breaks torch.compile in the same process: hence the processes.
 """
 
-import importlib.metadata
-import importlib.util
 import os
 import pathlib
 import subprocess
@@ -12,13 +10,14 @@ import sys
 
 import pytest
 
-TRITON = importlib.util.find_spec("triton") and tuple(map(int, importlib.metadata.version("triton").split(".")[:3]))
+from tests.kernels.toolchain import interprets_numpy_2_4, needs_triton
+
 SUITE = pathlib.Path(__file__).with_name("interpreted_portable.py")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not TRITON, reason="triton is not installed")
-@pytest.mark.skipif(bool(TRITON) and TRITON < (3, 7, 1), reason="triton < 3.7.1 does not interpret with numpy 2.4")
+@needs_triton
+@interprets_numpy_2_4
 @pytest.mark.parametrize("part", ["test_sizes", "test_layouts"])
 def test_portable_kernel_in_the_interpreter(part: str) -> None:
     # Compiled kernels and interpreted ones must not meet in one cache, nor two workers in one report.

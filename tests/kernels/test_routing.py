@@ -4,8 +4,6 @@ TRITON_INTERPRET is read when triton is imported and breaks torch.compile in the
 """
 
 import functools
-import importlib.metadata
-import importlib.util
 import os
 import pathlib
 import subprocess
@@ -18,17 +16,15 @@ import torch
 from dit_sparse import routing, scoring
 from dit_sparse.blockmask import BlockLayout, BlockMask
 from dit_sparse.selection import Rule, force, select_threshold, select_top_k, select_top_p
+from tests.kernels.toolchain import interprets_numpy_2_4, needs_assembler, needs_triton
 from tests.waits import Waits
 
 HERE = pathlib.Path(__file__)
-TRITON = importlib.util.find_spec("triton") and tuple(map(int, importlib.metadata.version("triton").split(".")[:3]))
-ASSEMBLER = (pathlib.Path(str(importlib.util.find_spec("triton").origin)).parent / "backends/nvidia/bin/ptxas"
-             if TRITON else None)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not TRITON, reason="triton is not installed")
-@pytest.mark.skipif(bool(TRITON) and TRITON < (3, 7, 1), reason="triton < 3.7.1 does not interpret with numpy 2.4")
+@needs_triton
+@interprets_numpy_2_4
 @pytest.mark.parametrize("part", ["exactly", "not exactly"])
 def test_routing_kernels_in_the_interpreter(part: str) -> None:
     # Compiled kernels and interpreted ones must not meet in one cache, nor two workers in one report.
@@ -41,7 +37,7 @@ def test_routing_kernels_in_the_interpreter(part: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(ASSEMBLER is None or not ASSEMBLER.exists(), reason="needs triton with NVIDIA's assembler")
+@needs_assembler
 def test_routing_kernels_compile_for_hopper_without_spills() -> None:
     done = subprocess.run([sys.executable, str(HERE.with_name("offline_routing.py"))], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]

@@ -5,8 +5,6 @@ The kernel's tests run in Triton's interpreter, in a process of their own (see t
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import os
 import pathlib
 import subprocess
@@ -21,20 +19,13 @@ from dit_sparse.kernels.reference import merge_by_lse, soft_reference
 from dit_sparse.kernels.soft import merge_soft_blocks, soft_attention
 from tests.kernels.cases import Case
 from tests.kernels.soft_rule import BF16, CASES, FP32, check, inputs_of, masked_out, means_of, merge, run
+from tests.kernels.toolchain import interprets_numpy_2_4, needs_assembler, needs_triton
 from tests.waits import Waits
 
 HERE = pathlib.Path(__file__)
-TRITON = importlib.util.find_spec("triton") and tuple(map(int, importlib.metadata.version("triton").split(".")[:3]))
-ASSEMBLER = (pathlib.Path(str(importlib.util.find_spec("triton").origin)).parent / "backends/nvidia/bin/ptxas"
-             if TRITON else None)
 
 
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    """Deterministic mode fills fresh memory with NaN, or the largest integer."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def test_twin_is_a_merge_of_two_attentions() -> None:
@@ -146,8 +137,8 @@ def test_plain_path_never_waits() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not TRITON, reason="triton is not installed")
-@pytest.mark.skipif(bool(TRITON) and TRITON < (3, 7, 1), reason="triton < 3.7.1 does not interpret with numpy 2.4")
+@needs_triton
+@interprets_numpy_2_4
 def test_kernel_in_the_interpreter() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     environment.pop("PYTEST_ADDOPTS", None)
@@ -158,7 +149,7 @@ def test_kernel_in_the_interpreter() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(ASSEMBLER is None or not ASSEMBLER.exists(), reason="needs triton with NVIDIA's assembler")
+@needs_assembler
 def test_kernel_compiles_for_hopper_without_spills() -> None:
     done = subprocess.run([sys.executable, str(HERE.with_name("offline_soft.py"))], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]

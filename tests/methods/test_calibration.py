@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_sparse.axisorders import AXES, pack_bits, unpack_bits
+from dit_sparse.axisorders import AXES
+from dit_sparse.bits import pack_bits, unpack_bits
 from dit_sparse.bridge import ForwardInfo
 from dit_sparse.calibration import FORMAT, Calibration, calibrate, group_of, load_calibration
 from dit_sparse.grid import TokenGrid

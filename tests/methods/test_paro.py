@@ -16,10 +16,9 @@ from dit_sparse.axisorders import (
     block_sums,
     choose_order,
     order_statistics,
-    pack_bits,
     static_keep,
-    unpack_bits,
 )
+from dit_sparse.bits import pack_bits, unpack_bits
 from dit_sparse.blockmask import BlockLayout, BlockMask
 from dit_sparse.grid import TokenGrid
 from dit_sparse.inspect import planted_call

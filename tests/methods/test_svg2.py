@@ -8,7 +8,16 @@ import math
 import pytest
 import torch
 
-from dit_sparse.clustering import Clusters, block_scores, kmeans, pair_shares, seeds, touches
+from dit_sparse.clustering import (
+    Clusters,
+    block_scores,
+    block_shares,
+    counts_in_blocks,
+    kmeans,
+    pair_shares,
+    seeds,
+    touches,
+)
 from dit_sparse.grid import TokenGrid
 from dit_sparse.inspect import planted_call
 from dit_sparse.kernels.attention import block_sparse_attention
@@ -179,6 +188,18 @@ def test_touched_pairs_take_the_best_score() -> None:
     for b, h, i, j in torch.cartesian_prod(*map(torch.arange, got.shape)).tolist():
         rows, columns = labels[0][b, h, 8 * i : 8 * i + 8], labels[1][b, h, 4 * j : 4 * j + 4]
         assert got[b, h, i, j] == pairs[b, h][rows][:, columns].max()
+
+
+def test_a_pair_of_blocks_is_expected_to_hold_what_its_pairs_of_tokens_hold() -> None:
+    """Token by token, with an empty cluster and short last blocks: every key of a cluster gets as much."""
+    labels = [torch.randint(0, n, (2, 2, 45)).sort(-1).values for n in (4, 9)]
+    shares = torch.rand(2, 2, 5, 10)
+    sizes = torch.nn.functional.one_hot(labels[1], 10).sum(-2).float()
+    got = block_shares(shares, sizes, counts_in_blocks(labels[0], 5, 8), counts_in_blocks(labels[1], 10, 4))
+    for b, h, i, j in torch.cartesian_prod(*map(torch.arange, got.shape)).tolist():
+        rows, columns = labels[0][b, h, 8 * i : 8 * i + 8], labels[1][b, h, 4 * j : 4 * j + 4]
+        want = (shares[b, h][rows][:, columns] / sizes[b, h, columns]).sum()
+        torch.testing.assert_close(got[b, h, i, j], want)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
