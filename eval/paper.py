@@ -20,7 +20,7 @@ from .following import Following, read_kept
 from .results import Evaluation
 from .tables import Table
 
-TABLES, NUMBERS, RUNS = "paper.md", "paper.json", "runs"
+TABLES, NUMBERS, RUNS, COMPARED = "paper.md", "paper.json", "runs", "compare.json"
 MARK = "<!-- made by dit-sparse eval paper -->"
 DENSITY = 0.25
 # One line for each method that is compared; radial has no density of its own to ask for.
@@ -121,9 +121,9 @@ def parts(quick: bool) -> dict[str, Part]:
     return {
         "following": follow,
         "compare": pair,
-        "preview": Size("Methods, preview size", "256x256x17", 20, 3.0, 32, 2, share=0.5),
-        "long": Size("Methods, long size", "512x512x33", 20, 3.0, 12, 1, shown=2),
-        "following-long": Following("Prompt following, long size", 512, 33, 20, 3.0, 64, 8, 60),
+        "preview": Size("Methods, preview size", "256x256x17", 20, 3.0, 8, 2, share=0.5),
+        "long": Size("Methods, long size", "512x512x33", 20, 3.0, 4, 1, shown=2),
+        "following-long": Following("Prompt following, long size", 512, 33, 20, 3.0, 32, 8, 30),
     }
 
 
@@ -171,7 +171,7 @@ def compare_clips(pair: Pair, pipe: Any, folder: Path, weights: str) -> dict[str
     from .evaluation import environment
 
     key = {**asdict(pair), "device": str(pipe.device), "weights": weights}
-    kept = read_kept(folder / "compare.json", key)
+    kept = read_kept(folder / COMPARED, key)
     if kept:
         return kept
     numbers, dense, sparse = compare(
@@ -182,7 +182,7 @@ def compare_clips(pair: Pair, pipe: Any, folder: Path, weights: str) -> dict[str
     write_video(folder / "compare.mp4", both)
     write_image(folder / "compare.jpg", contact_sheet(both, most=6, columns=2, cell=2 * CELL))
     found = {"key": key, "environment": environment(pipe), **numbers.to_dict()}
-    with finished_file(folder / "compare.json") as part:
+    with finished_file(folder / COMPARED) as part:
         part.write_text(json.dumps(found, indent=1, default=str) + "\n", encoding="utf-8")
     return found
 

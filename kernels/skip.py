@@ -101,6 +101,8 @@ def skip_reasons(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks) -> l
 
     width = max(_width(query.shape[3]), _width(value.shape[3]))
     used = width * query.element_size() * (blocks.query_block + 2 * blocks.key_block)
+    if query.dtype == torch.float32:  # in half precision the weights stay in registers
+        used += 4 * blocks.query_block * blocks.key_block
     if used > _shared_memory(query.device) - 4096:
         reasons.append(f"blocks of {blocks.query_block} x {blocks.key_block} in {query.dtype} take {used} bytes of "
                        "shared memory, more than the GPU has")

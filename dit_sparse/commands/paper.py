@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import time
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ from .request import check_writable
 from .run import check_device, open_pipeline, stay_offline
 
 if TYPE_CHECKING:
-    from ..eval.paper import Done, Part
+    from ..eval.following import Following
+    from ..eval.paper import Done, Pair, Part
 
 
 def paper(
@@ -59,7 +61,7 @@ def paper(
     maker = _Maker(out, words, device, seconds)
     done: dict[str, Done | str] = {}
     for name, part in known.items():
-        done[name] = maker.make(name, part) if name in (names or known) else "not asked for"
+        done[name] = maker.make(name, part) if name in (names or known) else maker.kept(name, part)
         with refusing(OSError, prefix=f"--out {out}: "):  # after every part: a kill leaves the tables so far
             files = tables.write_tables(out, done, shlex.join(words), quick)
     _tell(out, files, done, as_json)
@@ -110,20 +112,51 @@ class _Maker:
             return self._size(part, folder, None if left is None else left * part.share)
         with self._refusing():
             if isinstance(part, Following):
-                from ..eval.following import PICTURE, follow
+                from ..eval.following import follow
 
-                found = follow(part, folder, self.device, self._weights())
-                return tables.following_done(part, found, [f"{tables.RUNS}/{name}/{PICTURE}"])
-            pair = tables.compare_clips(part, self._pipeline(part), folder, self._weights())
-            return tables.pair_done(part, pair, [f"{tables.RUNS}/{name}/compare.{kind}" for kind in ("mp4", "jpg")])
+                return self._single(name, part, follow(part, folder, self.device, self._weights()))
+            return self._single(name, part, tables.compare_clips(part, self._pipeline(part), folder, self._weights()))
+
+    @staticmethod
+    def _single(name: str, part: Following | Pair, found: dict[str, Any]) -> Done:
+        """The tables of a part that is one result."""
+        from ..eval import following
+        from ..eval import paper as tables
+
+        place = f"{tables.RUNS}/{name}"
+        if isinstance(part, following.Following):
+            return tables.following_done(part, found, [f"{place}/{following.PICTURE}"])
+        return tables.pair_done(part, found, [f"{place}/compare.{kind}" for kind in ("mp4", "jpg")])
+
+    def kept(self, name: str, part: Part) -> Done | str:
+        """A part as far as earlier calls made it with the present weights, or that none did."""
+        from ..eval import paper as tables
+        from ..eval.evaluation import RESULTS
+        from ..eval.following import RESULT, Following
+
+        folder = self.out / tables.RUNS / name
+        if isinstance(part, tables.Size):
+            return self._size_done(part, folder) if (folder / RESULTS).is_file() else "not asked for"
+        file = folder / (RESULT if isinstance(part, Following) else tables.COMPARED)
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            same = found["key"]["weights"] == self._weights()
+        except (OSError, ValueError, LookupError, TypeError):
+            return "not asked for"
+        return self._single(name, part, found) if same else "not asked for"
 
     def _size(self, size: Any, folder: Path, seconds: float | None) -> Done:
         from ..eval import paper as tables
-        from ..eval.results import load_evaluation
 
         run_config(tables.config_of(size, self.device), folder, self.words, seconds=seconds)
-        page = f"{tables.RUNS}/{folder.name}/report.html"
-        return tables.size_done(size, load_evaluation(folder), [page])
+        return self._size_done(size, folder)
+
+    @staticmethod
+    def _size_done(size: Any, folder: Path) -> Done:
+        from ..eval import paper as tables
+        from ..eval.results import load_evaluation
+
+        return tables.size_done(size, load_evaluation(folder), [f"{tables.RUNS}/{folder.name}/report.html"])
 
     def _pipeline(self, pair: Any) -> Any:
         from .. import SparseProc

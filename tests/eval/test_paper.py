@@ -106,6 +106,14 @@ def test_seconds_that_do_not_suffice_leave_the_rest_for_later(
     made.clear()
     assert main([*WORDS, "--part", "preview"]) == 0 and made == labels
     assert "Unfinished" not in (tmp_path / "out" / "paper.md").read_text()
+    # A part made by itself leaves the tables of those made before.
+    assert main([*WORDS, "--part", "compare"]) == 0
+    capsys.readouterr()
+    assert main([*WORDS, "--part", "following"]) == 0
+    states = json.loads(capsys.readouterr().out)["parts"]
+    assert states == dict.fromkeys(("following", "compare", "preview"), "finished") and made == labels
+    text = (tmp_path / "out" / "paper.md").read_text()
+    assert text.count("\n## ") == 3 and "not asked for" not in text
 
 
 def test_what_the_seconds_do_not_allow_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
