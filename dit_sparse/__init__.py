@@ -24,12 +24,16 @@ if TYPE_CHECKING:
     from .processor import SparseProc, disable, enable, methods, summary
     from .report import Summary
     from .session import SparseFallbackError
+    from .tuning.preset import Preset, presets
+    from .tuning.tune import tune
 
 _HOMES = {
     "SparseProc": "processor", "enable": "processor", "disable": "processor", "summary": "processor",
     "SparseFallbackError": "session", "Summary": "report", "TokenGrid": "grid",
+    "Preset": "tuning.preset", "presets": "tuning.preset", "tune": "tuning.tune",
 }
-__all__ = ["SparseFallbackError", "SparseProc", "Summary", "TokenGrid", "disable", "enable", "methods", "summary"]
+__all__ = ["Preset", "SparseFallbackError", "SparseProc", "Summary", "TokenGrid", "disable", "enable", "methods",
+           "presets", "summary", "tune"]
 
 
 def __getattr__(name: str) -> Any:

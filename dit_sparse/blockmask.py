@@ -37,7 +37,7 @@ class BlockMask:
     written.
 
     Args:
-        lists: int32 (B|1, H|1, nq, width), key block ids, whole blocks first; 0 beyond the counts.
+        lists: int32 (B|1, H|1, nq, width), key block ids, whole blocks first; beyond the counts any id, never read.
         whole, boundary: int32 (B|1, H|1, nq), how many there are of each.
         query, key: the layouts.
         window: exact test of boundary blocks, or None when only their length is tested.
@@ -219,6 +219,26 @@ class BlockMask:
         partial = self.boundary_dense() | other.boundary_dense()
         keep = self.to_dense() & other.to_dense()
         return self.from_dense(keep, self.query, self.key, partial=partial, window=self.window)
+
+    def complement(self) -> BlockMask:
+        """The pairs that this mask leaves out; rows that see everything become empty.
+
+        Raises:
+            ValueError: for a mask with a window, which cuts blocks: what it leaves out of them is no list of blocks.
+        """
+        if self.window is not None:
+            raise ValueError("BlockMask.complement: the mask has a window; lists of blocks cannot leave out its pairs")
+        return self.from_dense(~self.to_dense(), self.query, self.key)
+
+    def without_rows(self, rows: Tensor) -> BlockMask:
+        """The same lists, with nothing listed for some query blocks.
+
+        Args:
+            rows: bool that broadcasts to (B, H, nq), True where a query block computes nothing.
+        """
+        whole, boundary = (torch.where(rows, 0, count) for count in (self.whole, self.boundary))
+        lists = self.lists.expand(*whole.shape[:2], -1, -1)
+        return dataclasses.replace(self, lists=lists, whole=whole, boundary=boundary)
 
     def with_layouts(self, query: BlockLayout, key: BlockLayout) -> BlockMask:
         """The same lists over other orders of the tokens, of equal block lengths; a count of pairs is kept."""

@@ -48,6 +48,7 @@ class ForwardInfo:
         branch: name of the CFG branch ("cond", "uncond", ...; "0", "1", ... in order when the pipeline names none).
         new_run: whether a run begins with this forward.
         family: name of the family.
+        parallel: Diffusers' ParallelConfig of the transformer, or None.
     """
 
     grid: TokenGrid | None
@@ -57,6 +58,7 @@ class ForwardInfo:
     branch: str
     new_run: bool
     family: str
+    parallel: Any = None
 
 
 class Session(Protocol):
@@ -250,7 +252,7 @@ class Binding:
                                       inputs.get("encoder_hidden_states"))
         grid, reason = self.family.read_grid(model, inputs)
         self._runtime.begin(ForwardInfo(grid, reason, place.step, place.num_steps, place.branch, place.new_run,
-                                        self.family.name))
+                                        self.family.name, getattr(model, "_parallel_config", None)))
         for layer, module in self._modules if model is self.model else ():
             handle = getattr(module.processor, "_handle", None)
             if handle is None or not isinstance(module.processor, SparseMixin):

@@ -27,9 +27,11 @@ from .commands.words import (
     MethodName,
     Model,
     Options,
+    PresetName,
     Prompt,
     Seed,
     Size,
+    StepCache,
     Steps,
 )
 
@@ -56,7 +58,12 @@ def generate(
     method: MethodName = None,
     density: Density = None,
     option: Options = None,
+    step_cache: StepCache = None,
+    preset: PresetName = None,
     prompts: Annotated[Path | None, typer.Option(help="File with one prompt a line.")] = None,
+    resume: Annotated[
+        bool | None, typer.Option("--resume/--no-resume", help="With --prompts: leave out the clips that are finished.")
+    ] = None,
     model: Model = "embedded",
     device: Device = None,
     fps: Fps = 8,
@@ -68,6 +75,7 @@ def generate(
     run(
         prompt,
         prompts_file=prompts,
+        resume=resume,
         output=output,
         seed=seed,
         steps=steps,
@@ -77,6 +85,8 @@ def generate(
         method=method,
         density=density,
         options=option,
+        step_cache=step_cache,
+        preset=preset,
         model=model,
         device=device,
         fps=fps,
@@ -97,6 +107,8 @@ def compare(
     method: MethodName = None,
     density: Density = None,
     option: Options = None,
+    step_cache: StepCache = None,
+    preset: PresetName = None,
     model: Model = "embedded",
     device: Device = None,
     fps: Fps = 8,
@@ -117,6 +129,8 @@ def compare(
         method=method,
         density=density,
         options=option,
+        step_cache=step_cache,
+        preset=preset,
         model=model,
         device=device,
         fps=fps,
@@ -195,7 +209,7 @@ def bench(
         str,
         typer.Argument(
             help="kernels: attention alone; routing: each method's masks; step: a model's step; ladder: the kernels, "
-            "one idea a line."
+            "one idea a line; generate: a whole generation, added up from steps."
         ),
     ] = "kernels",
     tokens: Annotated[list[int] | None, typer.Option(help="Length of the sequence; may be repeated.")] = None,
@@ -208,20 +222,31 @@ def bench(
     grid: Annotated[
         str | None, typer.Option(help="routing, ladder: frames x height x width, such as 21x45x80.")
     ] = None,
-    model: Annotated[list[str] | None, typer.Option(help="step: such as wan-14b-720p; may be repeated.")] = None,
-    method: Annotated[list[str] | None, typer.Option(help="routing, step: methods to time; may be repeated.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="step, generate: such as wan-14b-720p; may be repeated.")
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="routing, step, generate: methods to time; may be repeated.")
+    ] = None,
     fp8: Annotated[
         list[str] | None, typer.Option(help="step: linear, attention or both in 8-bit floats as well; may be repeated.")
     ] = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="step: where the time goes, by kind of kernel.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="ladder: folder for a table and a picture.")] = None,
+    dense_steps: Annotated[
+        str | None, typer.Option(help="generate: first steps that stay dense, a number or a share such as 0.1.")
+    ] = None,
+    dense_layers: Annotated[int | None, typer.Option(min=0, help="generate: first layers that stay dense.")] = None,
+    step_cache: Annotated[
+        str | None, typer.Option(help="generate: whose reported skip rate, magcache or teacache.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="ladder, generate: folder for a table and a picture.")] = None,
     device: Device = None,
     seconds: Annotated[float, typer.Option(min=0.01, max=60, help="Timed calls for each row.")] = 0.4,
     as_json: Json = False,
 ) -> None:
-    """Measure speed on this machine, dense and sparse: the kernels, the masks, or a whole denoising step."""
+    """Measure speed on this machine, dense and sparse: the kernels, the masks, a denoising step, a generation."""
     from .commands.bench import bench as run
 
     run(
@@ -238,9 +263,44 @@ def bench(
         methods=method,
         fp8=fp8,
         profile=profile or None,
+        dense_steps=dense_steps,
+        dense_layers=dense_layers,
+        step_cache=step_cache,
         out=out,
         device=device,
         seconds=seconds,
+        as_json=as_json,
+    )
+
+
+@app.command(epilog="Example: dit-sparse calibrate teacache --model FOLDER --prompts prompts.txt --steps 50")
+def calibrate(
+    cache: Annotated[str, typer.Argument(help="magcache or teacache.")],
+    model: Model = "embedded",
+    prompts: Annotated[Path | None, typer.Option(help="File with one prompt a line; a handful suffices.")] = None,
+    output: Annotated[Path | None, typer.Option(help="File (.json); else magcache.json or teacache.json.")] = None,
+    steps: Steps = None,
+    size: Size = None,
+    frames: Frames = None,
+    guidance: Guidance = None,
+    seed: Seed = 0,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what MagCache or TeaCache needs to know about a model; the file goes to --step-cache."""
+    from .commands.calibrate import calibrate as run
+
+    run(
+        cache,
+        model=model,
+        prompts_file=prompts,
+        output=output,
+        steps=steps,
+        size=size,
+        frames=frames,
+        guidance_scale=guidance,
+        seed=seed,
+        device=device,
         as_json=as_json,
     )
 
@@ -254,6 +314,46 @@ def doctor(
     from .commands.listing import show_doctor, show_hosts
 
     return show_hosts(as_json) if hosts else show_doctor(as_json)
+
+
+@app.command(epilog='Example: dit-sparse tune --target "psnr>=30" --mode quick')
+def tune(
+    target: Annotated[str, typer.Option(help="psnr>=30, ssim>=0.9, lpips<=0.1 or speedup>=1.5.")] = "psnr>=30",
+    mode: Annotated[str, typer.Option(help="quick, standard or thorough.")] = "standard",
+    prompts: Annotated[Path | None, typer.Option(help="File with one prompt a line; the last is held out.")] = None,
+    pattern: Annotated[list[str] | None, typer.Option(help="drop, soft or band; may be repeated; else all.")] = None,
+    statistic: Annotated[str, typer.Option(help="mean or min over the clips.")] = "mean",
+    seed: Seed = 0,
+    size: Size = None,
+    frames: Frames = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    output: Annotated[Path | None, typer.Option(help="Preset file (.json); else preset-TARGET.json.")] = None,
+    state: Annotated[Path | None, typer.Option(help="Folder of what was found: an interrupted run goes on.")] = None,
+    model: Model = "embedded",
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Find the cheapest plan, head by head, that reaches a quality, and write it as a preset."""
+    from .commands.tune import tune as run
+
+    run(
+        target=target,
+        mode=mode,
+        prompts_file=prompts,
+        patterns=pattern,
+        statistic=statistic,
+        seed=seed,
+        size=size,
+        frames=frames,
+        steps=steps,
+        guidance_scale=guidance,
+        output=output,
+        state=state,
+        model=model,
+        device=device,
+        as_json=as_json,
+    )
 
 
 @app.command("app", epilog="Example: dit-sparse app --port 7860")

@@ -137,15 +137,18 @@ def fp8_linears(target: Target, *, keep: bool = True) -> Target:
         `target`.
 
     Raises:
-        ValueError: the device cannot run them, a layer's dimensions are no multiples of 16, or there is no layer to
-            switch; nothing is changed then.
+        ValueError: the device cannot run them, a layer's dimensions are no multiples of 16, a LoRA is loaded and not
+            fused, or there is no layer to switch; nothing is changed then.
     """
     found = [entry for model in _transformers(target) for entry in _linears(model)]
     if not found:
         if any(isinstance(part, Fp8Linear) for model in _transformers(target) for part in model.modules()):
             return target
         raise ValueError(f"target={type(target).__name__} has no linear layers in repeated transformer blocks")
-    for name, _, linear in found:
+    for name, parent, linear in found:
+        if hasattr(parent, "lora_A") or "lora_A" in name.split("."):
+            raise ValueError(f"{name} belongs to a LoRA that is not part of the weights; call fuse_lora() and "
+                             "unload_lora_weights() before fp8_linears")
         if linear.weight.is_meta:
             raise ValueError(f"{name} has no weights yet (device meta); load or move the model before fp8_linears")
         if reason := missing(linear.weight.device):
@@ -187,7 +190,8 @@ def _transformers(target: Any) -> list[torch.nn.Module]:
 
 def _linears(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, torch.nn.Linear]]:
     """(name, parent, layer) of the linear layers in the model's repeated blocks, normalisations left out."""
-    kinds = getattr(model, "_repeated_blocks", None) or ()
+    # Older classes name their blocks for splitting between devices only.
+    kinds = getattr(model, "_repeated_blocks", None) or getattr(model, "_no_split_modules", None) or ()
     for block_name, block in model.named_modules():
         # Of a repeated block there are many, in a list.
         if type(block).__name__ not in kinds or not block_name.rpartition(".")[2].isdigit():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,6 +14,8 @@ from torch import Tensor
 from .blocklayout import storage_bytes
 
 Value = TypeVar("Value")
+
+STATIC = "layouts and tables"  # kind of the static parts, shared by layers, steps and runs
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
@@ -69,6 +71,25 @@ class _Entry:
     step: int
     shape: Hashable
     homes: dict[int, torch.device]
+    kind: str
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of one kind of remembered values.
+
+    Args:
+        device: bytes on the device of the activations (0 when that is the CPU).
+        cpu: bytes in CPU memory.
+    """
+
+    device: int = 0
+    cpu: int = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes, wherever they are."""
+        return self.device + self.cpu
 
 
 class Memory:
@@ -79,16 +100,25 @@ class Memory:
     Args:
         offload: keep what `put` stores in CPU memory, and bring it back at `get`. Tensors that are also part of a
             static value stay where they are: all layers share them.
+
+    Attributes:
+        peaks: the most bytes of every kind that `note` met since the owner last cleared it.
+        sources: kind -> a function that gives what someone else holds of that kind for this run (the states of a step
+            cache: "caches"); counted in `kinds`, never touched.
     """
 
     def __init__(self, *, offload: bool = False) -> None:
         self.offload = offload
         self.peak_nbytes = 0
+        self.peaks: dict[str, Held] = {}
+        self.sources: dict[str, Callable[[], Any]] = {}
         self._kept: dict[Hashable, _Entry] = {}
         self._static: dict[Hashable, Any] = {}
         self._used: set[Hashable] = set()
 
-    def put(self, key: Hashable, value: Any, *, step: int, shape: Hashable = None) -> None:
+    def put(
+        self, key: Hashable, value: Any, *, step: int, shape: Hashable = None, kind: str = "statistics"
+    ) -> None:
         """Keep a value, in place of an earlier one.
 
         Args:
@@ -96,6 +126,7 @@ class Memory:
             value: anything; tensors are found in dataclasses, dicts, lists and tuples.
             step: the denoising step at which it was made.
             shape: what it was made for; `get` with another shape drops it.
+            kind: what the summary counts it as: "masks", "LSE", "outputs", "statistics".
         """
         homes: dict[int, torch.device] = {}
         if self.offload:
@@ -109,7 +140,7 @@ class Memory:
                 return copy
 
             value = map_tensors(value, away)
-        self._kept[key] = _Entry(value, step, shape, homes)
+        self._kept[key] = _Entry(value, step, shape, homes, kind)
 
     def get(self, key: Hashable, *, step: int, max_age: float, shape: Hashable = None) -> Any:
         """The value kept under the key, or None when there is none, or it is too old or of another shape.
@@ -148,7 +179,7 @@ class Memory:
 
         A stretch in which no static value was asked for at all drops none.
         """
-        self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
+        self.note()
         self._kept.clear()
         if self._used:
             self._static = {key: value for key, value in self._static.items() if key in self._used}
@@ -159,10 +190,15 @@ class Memory:
         self._kept.clear()
         self._static.clear()
         self._used.clear()
+        self.peaks.clear()
         self.peak_nbytes = 0
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    def keys(self) -> list[Hashable]:
+        """What is kept at the moment, by its keys."""
+        return list(self._kept)
 
     @property
     def nbytes(self) -> int:
@@ -170,12 +206,49 @@ class Memory:
         kept = [entry.value for entry in self._kept.values()]
         return storage_bytes(t for value in (*kept, *self._static.values()) for t in tensors_of(value))
 
+    def kinds(self) -> dict[str, Held]:
+        """Bytes by kind; memory that several kinds share counts for the first, static parts before all others."""
+        values = [(STATIC, value) for value in self._static.values()]
+        values += [(entry.kind, entry.value) for entry in self._kept.values()]
+        values += [(kind, source()) for kind, source in self.sources.items()]
+        found: dict[str, Held] = {}
+        seen: set[tuple[torch.device, int]] = set()
+        for kind, value in values:
+            for tensor in tensors_of(value):
+                store = tensor.untyped_storage()
+                if (tensor.device, store.data_ptr()) in seen:
+                    continue
+                seen.add((tensor.device, store.data_ptr()))
+                held, bytes_more = found.get(kind, Held()), store.nbytes()
+                on_cpu = tensor.device.type == "cpu"
+                found[kind] = Held(held.device + (0 if on_cpu else bytes_more), held.cpu + on_cpu * bytes_more)
+        return found
+
+    def note(self) -> None:
+        """Take what is held now into the peaks: once a step, and before anything is forgotten."""
+        self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
+        for kind, held in self.kinds().items():
+            most = self.peaks.get(kind, Held())
+            self.peaks[kind] = Held(max(most.device, held.device), max(most.cpu, held.cpu))
+
     @property
     def device_nbytes(self) -> int:
         """As nbytes, without what lies in CPU memory."""
         kept = [entry.value for entry in self._kept.values()]
         found = (t for value in (*kept, *self._static.values()) for t in tensors_of(value))
         return storage_bytes(t for t in found if t.device.type != "cpu")
+
+
+def totals(memories: Iterable[Memory]) -> dict[str, dict[str, int]]:
+    """The most that memories held during a run, added up by kind: bytes on the "device" and in "cpu" memory."""
+    found: dict[str, dict[str, int]] = {}
+    for memory in memories:
+        memory.note()
+        for kind, held in memory.peaks.items():
+            sums = found.setdefault(kind, {"device": 0, "cpu": 0})
+            sums["device"] += held.device
+            sums["cpu"] += held.cpu
+    return found
 
 
 class State:
@@ -196,9 +269,9 @@ class State:
         self._memory = Memory() if memory is None else memory
         self._place, self.step, self._shape = place, step, shape
 
-    def keep(self, name: str, value: Any) -> None:
-        """Keep a value under a name, in place of an earlier one."""
-        self._memory.put(("state", name, self._place), value, step=self.step, shape=self._shape)
+    def keep(self, name: str, value: Any, kind: str = "statistics") -> None:
+        """Keep a value under a name, in place of an earlier one; `kind` as in `Memory.put`."""
+        self._memory.put(("state", name, self._place), value, step=self.step, shape=self._shape, kind=kind)
 
     def recall(self, name: str, *, max_age: float = math.inf) -> Any:
         """The value kept under the name less than `max_age` steps ago, or None."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from .blockmask import BlockMask
+from .kernels.reference import merge_by_lse
 from .kernels.skip import skip_attention
 from .kernels.soft import merge_soft_blocks
+from .scoring import head_chunks
 
 if TYPE_CHECKING:
     from .methods.base import Call
 
-__all__ = ["Attend", "Drop", "Operator", "SkipBlocks", "Soft", "ZeroHeads", "scale_and_add"]
+__all__ = ["Attend", "Drop", "Operator", "SkipBlocks", "Soft", "ZeroHeads", "merge_parts", "scale_and_add"]
 
 _NUMBERS_AT_ONCE = 2**24  # float32 numbers of output in memory at a time: 64 MB
 
@@ -30,10 +32,15 @@ class Attend(Protocol):
 
 @dataclass(frozen=True)
 class Operator:
-    """Base of all operators. An instance holds options, never activations: a plan may be kept for several steps."""
+    """Base of all operators. An instance holds options, never activations: a plan may be kept for several steps.
+
+    `reuses` names the kinds of the option `reuse` that go with it: "complement" where what the mask leaves out is
+    dropped and nothing else is done about it; "heads" where rows may be empty and nothing is learnt from them.
+    """
 
     name: ClassVar[str] = ""
     title: ClassVar[str] = ""
+    reuses: ClassVar[tuple[str, ...]] = ()
 
     def run(self, call: Call, mask: BlockMask, attend: Attend) -> tuple[Tensor, Tensor]:
         """Attention of one call.
@@ -63,6 +70,7 @@ class Drop(Operator):
 
     name: ClassVar[str] = "drop"
     title: ClassVar[str] = "pairs outside of the mask dropped"
+    reuses: ClassVar[tuple[str, ...]] = ("complement", "heads")
 
     def run(self, call: Call, mask: BlockMask, attend: Attend) -> tuple[Tensor, Tensor]:
         """See `Operator.run`."""
@@ -78,6 +86,7 @@ class Soft(Operator):
 
     name: ClassVar[str] = "soft"
     title: ClassVar[str] = "soft blocks: those not listed enter as their means"
+    reuses: ClassVar[tuple[str, ...]] = ("heads",)
 
     def run(self, call: Call, mask: BlockMask, attend: Attend) -> tuple[Tensor, Tensor]:
         """See `Operator.run`; the LSE holds the soft entries too."""
@@ -105,6 +114,7 @@ class SkipBlocks(Operator):
     threshold: float | tuple[float, ...] = 0.0
     first: str = "own"
 
+    SHARE: ClassVar[str] = "skipped share"
     name: ClassVar[str] = "skip"
     title: ClassVar[str] = "blocks far below the running maximum left out; they count half"
 
@@ -123,19 +133,20 @@ class SkipBlocks(Operator):
     def thresholds(self, call: Call) -> Tensor:
         """float32 (H|1, 1) on the call's device."""
         if isinstance(self.threshold, tuple):
-            return call.cached(("skip thresholds", self.threshold),
-                               lambda: torch.tensor(self.threshold, device=call.device)[:, None])
+            table = call.cached(("skip thresholds", self.threshold),
+                                lambda: torch.tensor(self.threshold, device=call.device)[:, None])
+            return call.own(table)
         return torch.full((1, 1), self.threshold, device=call.device)
 
     @staticmethod
     def note(call: Call, mask: BlockMask, left_out: Tensor) -> None:
         """Keep the share of all pairs that was left out; left_out is bool (B, H, nq, width)."""
         pairs = torch.where(left_out, mask.entry_pairs(), 0).sum((-2, -1)).to(torch.float32).mean()
-        call.state.keep("skipped share", pairs / (mask.query.tokens * mask.key.tokens))
+        call.state.keep(SkipBlocks.SHARE, pairs / (mask.query.tokens * mask.key.tokens))
 
     def computed(self, call: Call, mask: BlockMask) -> float | Tensor:
         """See `Operator.computed`: of a pair that was left out one of two matrix products was computed."""
-        share = call.state.recall("skipped share", max_age=1)
+        share = call.state.recall(self.SHARE, max_age=1)
         return self.density(mask) if share is None else self.density(mask) - share / 2
 
 
@@ -148,6 +159,7 @@ class ZeroHeads(Drop):
 
     STATE: ClassVar[str] = "skipped heads"
     title: ClassVar[str] = "pairs outside of the mask dropped; skipped heads give 0"
+    reuses: ClassVar[tuple[str, ...]] = ("heads",)
 
     def run(self, call: Call, mask: BlockMask, attend: Attend) -> tuple[Tensor, Tensor]:
         """See `Operator.run`; the LSE of what is skipped is -inf."""
@@ -157,6 +169,24 @@ class ZeroHeads(Drop):
             out[:, call.grid.video_slice].masked_fill_(skipped[:, None, :, None], 0)
             lse[..., call.grid.video_slice].masked_fill_(skipped[..., None], -torch.inf)
         return out, lse
+
+
+def merge_parts(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """`kernels.reference.merge_by_lse`, some heads at a time, written into the last part.
+
+    Args:
+        parts: attention over disjoint sets of keys, out (B, L, H, Dv) and LSE (B, H, L) each.
+
+    Returns:
+        Attention over all of the keys: the last part's tensors.
+    """
+    out, lse = parts[-1]
+    if len(parts) == 1:
+        return out, lse
+    for heads in head_chunks(out.shape[2], len(parts) * out[:, :, 0].numel()):
+        some = merge_by_lse([(o[:, :, heads], e[:, heads]) for o, e in parts])
+        out[:, :, heads], lse[:, heads] = some
+    return out, lse
 
 
 def scale_and_add(out: Tensor, terms: Callable[[slice], tuple[Tensor, Tensor]]) -> Tensor:

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from .blockmask import BlockLayout, BlockMask
 from .kernels.attention import block_sparse_attention
-from .kernels.reference import merge_by_lse
-from .operators import Attend, Operator
-from .scoring import head_chunks, to_slots
+from .operators import Attend, Operator, merge_parts
+from .scoring import to_slots
 
 if TYPE_CHECKING:
     from .methods.base import Call
@@ -125,7 +124,7 @@ class Pyramid(Operator):
                 out, lse = block_sparse_attention(*arguments, scale=call.scale)
             parts.append((out, lse + math.log(level)))
         parts.append(attend(call.query, call.key, call.value, mask))
-        return _merge(parts)
+        return merge_parts(parts)
 
     def density(self, mask: BlockMask) -> float | Tensor:
         """See `Operator.density`: a pair of a query and a pooled key counts as one pair."""
@@ -134,14 +133,3 @@ class Pyramid(Operator):
         for _, coarse in mask.coarse:
             pairs = pairs + coarse.pairs.to(torch.float32).mean()
         return pairs / (mask.query.tokens * mask.key.tokens)
-
-
-def _merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """`merge_by_lse`, some heads at a time, into the last part."""
-    out, lse = parts[-1]
-    if len(parts) == 1:
-        return out, lse
-    for heads in head_chunks(out.shape[2], len(parts) * out[:, :, 0].numel()):
-        some = merge_by_lse([(o[:, :, heads], e[:, heads]) for o, e in parts])
-        out[:, :, heads], lse[:, heads] = some
-    return out, lse

@@ -199,7 +199,7 @@ class CarryBlocks(SkipToTarget):
         # Entries that leave go to one column beyond the blocks, which is cut off.
         target = torch.where(left, mask.lists, mask.key.blocks).to(torch.int64)
         keep = torch.zeros(*target.shape[:3], mask.key.blocks + 1, dtype=torch.bool, device=target.device)
-        call.state.keep("carried blocks", pack_bits(keep.scatter_(-1, target, True)[..., :-1]))
+        call.state.keep("carried blocks", pack_bits(keep.scatter_(-1, target, True)[..., :-1]), "masks")
         return out, lse
 
     def computed(self, call: Call, mask: BlockMask) -> float | Tensor:

@@ -36,8 +36,8 @@ class MeasureShare(Operator):
         # A row that sees no key at all, -inf less -inf, has no mass to share.
         share = (sparse_lse - lse).nan_to_num_(nan=0).exp_().clamp_(max=1)
         call.state.keep("share", share)
-        call.state.keep("residual", scale_and_add(sparse, lambda rows: (-share[..., rows], out[:, rows])))
-        call.state.keep("uses", 0)
+        residual = scale_and_add(sparse, lambda rows: (-share[..., rows], out[:, rows]))
+        call.state.keep("residual", residual, "outputs")
         return out, lse
 
     def density(self, mask: BlockMask) -> float | Tensor:
@@ -50,7 +50,7 @@ class ReuseShare(Operator):
     """Drop, times the kept share, plus what the dropped keys added when it was measured.
 
     Args:
-        shift: what the share grows by from one use to the next, at most to 1.
+        shift: what the share grows by from one step to the next after the first use, at most to 1.
     """
 
     shift: float = 0.0
@@ -60,11 +60,12 @@ class ReuseShare(Operator):
 
     def run(self, call: Call, mask: BlockMask, attend: Attend) -> tuple[Tensor, Tensor]:
         """See `Operator.run`; the LSE is that of the mask over the share, an estimate of the full one."""
-        share, residual, uses = (call.state.recall(name) for name in ("share", "residual", "uses"))
+        share, residual = (call.state.recall(name) for name in ("share", "residual"))
         if share is None or residual is None:
             raise ValueError("rettention: nothing was measured for this layer and shape")
-        share = (share + self.shift * uses).clamp_(max=1)
-        call.state.keep("uses", uses + 1)
+        # By steps, not by uses: a step cache may have skipped some.
+        steps = max(0, (call.state.age("share") or 0) - 1)
+        share = (share + self.shift * steps).clamp_(max=1)
         out, lse = attend(call.query, call.key, call.value, mask)
         scale_and_add(out, lambda rows: (share[..., rows], residual[:, rows]))
         return out, lse - share.clamp(min=torch.finfo(share.dtype).tiny).log()

@@ -94,6 +94,40 @@ def pick(mask: BlockMask, choice: Tensor) -> BlockMask:
     return picked
 
 
+def heads_of(mask: BlockMask, heads: Tensor) -> BlockMask:
+    """The mask of some of its heads: int64 (heads,), on its device. Parts that all heads share stay shared."""
+
+    def part(x: Tensor) -> Tensor:
+        return x if x.shape[1] == 1 else x.index_select(1, heads)
+
+    def layout(x: BlockLayout) -> BlockLayout:
+        return x if x.index is None or x.index.dim() == 1 else dataclasses.replace(x, index=part(x.index))
+
+    query = layout(mask.query)
+    key = query if mask.key is mask.query else layout(mask.key)
+    cut = BlockMask(part(mask.lists), part(mask.whole), part(mask.boundary), query, key, mask.window)
+    if "pairs" in mask.__dict__:
+        cut.__dict__["pairs"] = part(mask.pairs)
+    return cut
+
+
+def replace_heads(mask: BlockMask, other: BlockMask, take: Tensor) -> BlockMask:
+    """The mask with the lists of another for some heads; layouts and window stay the first one's.
+
+    Args:
+        mask, other: masks over equal blocks.
+        take: bool (heads,) or (B|1, heads), True where the other one's lists hold.
+    """
+    take = take if take.dim() == 2 else take[None]
+    width = max(mask.lists.shape[-1], other.lists.shape[-1])
+    mine, theirs = (torch.nn.functional.pad(x.lists, (0, width - x.lists.shape[-1])) for x in (mask, other))
+    one = take[..., None]
+    found = BlockMask(torch.where(one[..., None], theirs, mine), torch.where(one, other.whole, mask.whole),
+                      torch.where(one, other.boundary, mask.boundary), mask.query, mask.key, mask.window)
+    found.__dict__["pairs"] = torch.where(take, other.pairs, mask.pairs)
+    return found
+
+
 def static_mask(call: Call, name: Hashable, build: Callable[[], BlockMask]) -> BlockMask:
     """A mask that depends on the shape only: built and counted on the CPU once, kept on the device.
 

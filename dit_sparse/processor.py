@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from . import reuse as reuses
+from . import ring, stepcache
+from .memory import totals as memories
 from .methods import all_methods, build
 from .methods.base import Method
 from .report import Summary, summarize
 from .schedule import Schedule
-from .session import Run, RunSession, one_line
+from .session import Run, RunSession
 
 if TYPE_CHECKING:
     from .bridge import Binding
@@ -29,13 +31,18 @@ class Settings:
         dense_last_steps: trailing steps that run dense, fraction or number.
         refresh: a scored method keeps its masks for this many steps; 1 makes them anew at every step.
         strict: raise instead of falling back to dense.
-        step_cache: a Diffusers cache configuration (FirstBlockCacheConfig, MagCacheConfig, ...) to switch on too.
+        step_cache: answers some steps from earlier ones: a name (first_block, taylorseer, magcache, pab, fastercache,
+            teacache), a file of `dit-sparse calibrate`, or a configuration. See docs/step-caches.md.
         num_steps: length of the run, for a bare transformer that has no scheduler to ask.
         seed: seeds the rows that some methods sample.
         backend: name of the kernel to use, or None for the fastest that can run.
         check: when non-finite output is looked for: "step" (once a step, without blocking; the layer runs dense
             from the next step on), "call" (synchronises; the call itself is repeated dense) or "off".
         offload: keep what is remembered between steps in CPU memory.
+        reuse: what sparse calls take from an earlier step: None, nothing; "complement", what the mask dropped, computed
+            at every `reuse_every`-th step; "heads", the whole output of heads that hardly change. See docs/reuse.md.
+        reuse_every: what is reused serves so many steps, the one that computed it included.
+        reuse_drift: with "heads", the largest 1 - mean cosine between two outputs of a head that is reused.
     """
 
     dense_steps: float | int = 0.2
@@ -49,12 +56,17 @@ class Settings:
     backend: str | None = None
     check: str = "step"
     offload: bool = False
+    reuse: str | None = None
+    reuse_every: int = 2
+    reuse_drift: float = 0.1
 
     def __post_init__(self) -> None:
         _whole("refresh", self.refresh, 1)
         _whole("seed", self.seed, 0)
         if self.num_steps is not None:
             _whole("num_steps", self.num_steps, 1)
+        reuses.check(self.reuse, self.reuse_every, self.reuse_drift)
+        stepcache.check_name(self.step_cache)
         if self.check not in CHECKS:
             raise ValueError(f"check={self.check!r} is not allowed; use one of {', '.join(CHECKS)}")
         for name in ("strict", "offload"):
@@ -91,15 +103,23 @@ class SparseProc:
         method: name of a method (see `methods()`), a Method, or None for the default: `svg` at density 0.25.
         options: the method's own options (`density`, ...) and the shared ones of `Settings` (`dense_steps`,
             `dense_layers`, `refresh`, `strict`, `step_cache`, ...).
+        preset: a Preset, the name of one that comes along (`presets()`) or a JSON file; it names the method, and
+            options that are given come before its own.
 
     Raises:
-        ValueError: unknown method or option, or a value out of range; one line that names what is allowed.
+        ValueError: unknown method, option or preset, or a value out of range; one line that names what is allowed.
     """
 
     is_sparse_proc = True
     default_method = "svg"
 
-    def __init__(self, method: str | Method | None = None, **options: Any) -> None:
+    def __init__(self, method: str | Method | None = None, *, preset: Any = None, **options: Any) -> None:
+        self.preset = None
+        if preset is not None:
+            from .tuning.preset import Preset
+
+            self.preset = Preset.of(preset)
+            method, options = self.preset.method_and_options(method, options)  # type: ignore[arg-type]
         shared = {name: options.pop(name) for name in SETTINGS if name in options}
         self.settings = Settings(**shared)
         if isinstance(method, Method):
@@ -110,6 +130,8 @@ class SparseProc:
             self.method = build(name, **options)
         else:
             raise ValueError(f"method={method!r} is not allowed; use a name: {', '.join(sorted(all_methods()))}")
+        if reason := reuses.reason_against(self.method, self.settings.reuse):
+            raise ValueError(reason)
 
     def __repr__(self) -> str:
         shared = [f"{n}={getattr(self.settings, n)!r}" for n in SETTINGS
@@ -141,9 +163,6 @@ def _replaced(method: Method, options: dict[str, Any]) -> Method:
 
 # -- the verbs -----------------------------------------------------------------------------------------------------
 
-_cached_models: weakref.WeakSet[Any] = weakref.WeakSet()
-
-
 def enable(target: Any, method: str | Method | SparseProc | None = None, **options: Any) -> Any:
     """Switch sparse attention on for a pipeline or a bare transformer; twice equals once.
 
@@ -151,7 +170,7 @@ def enable(target: Any, method: str | Method | SparseProc | None = None, **optio
         target: any Diffusers pipeline with a diffusion transformer (both denoisers of Wan 2.2 are bound), or a
             transformer.
         method: method name, Method, a ready SparseProc, or None for the default.
-        options: see `SparseProc`.
+        options: see `SparseProc`; `preset=` is one of them.
 
     Returns:
         `target`.
@@ -171,6 +190,8 @@ def enable(target: Any, method: str | Method | SparseProc | None = None, **optio
     if reason:
         raise ValueError(reason)
     parts = bridge.transformers_of(target)
+    if proc.preset is not None:
+        proc = proc.preset.fitted(proc, target)
     bindings = [bridge.binding_of(model) for _, model, _ in parts]
     before = [b.session for b in bindings if b is not None and isinstance(b.session, RunSession)]
     try:
@@ -190,11 +211,15 @@ def _enable_parts(parts: list[tuple[str, Any, Any]], proc: SparseProc) -> None:
 
     run = Run()
     for _, model, scheduler in parts:
+        against = ring.against(proc.method, getattr(model, "_parallel_config", None), proc.settings.step_cache)
+        if against:
+            raise ValueError(against)
         _disable_model(model)
         session = RunSession(proc, run)
         binding = bridge.bind(model, session, scheduler=scheduler)
         session.layers = sum(layer.index >= 0 for layer in binding.layers)
-        _apply_step_cache(model, proc.settings.step_cache)
+        stepcache.switch_on(model, proc.settings.step_cache, session, binding.family.name, scheduler,
+                            denoisers=len(parts))
 
 
 def disable(target: Any) -> Any:
@@ -221,24 +246,7 @@ def _disable_model(model: Any) -> None:
         binding.unbind()
     else:
         bridge.release(bridge.unwrap(model))  # a deep copy of a bound transformer carries our hooks
-    if model in _cached_models:
-        _cached_models.discard(model)
-        model.disable_cache()
-
-
-def _apply_step_cache(model: Any, config: Any) -> None:
-    """Hand a Diffusers cache configuration to the transformer."""
-    if config is None:
-        return
-    if not hasattr(model, "enable_cache"):
-        raise ValueError(f"step_cache: {type(model).__name__} has no enable_cache in this Diffusers; leave it out")
-    if model.is_cache_enabled:
-        raise ValueError("step_cache: a cache is already enabled on the transformer; call disable_cache() first")
-    try:
-        model.enable_cache(config)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"step_cache={type(config).__name__}: {one_line(error)}") from error
-    _cached_models.add(model)
+    stepcache.remove(model)
 
 
 def summary(target: Any) -> Summary:
@@ -267,11 +275,13 @@ def summary(target: Any) -> Summary:
         g = used.grid
         result.grid = f"{g.frames}x{g.height}x{g.width}" + (f" + {g.text} text at the {g.text_at}" if g.text else "")
     result.num_steps = used.info.num_steps if used.info else None
-    result.memory_bytes = sum(s.memory.nbytes for s in sessions)
+    result.memory = memories(s.memory for s in sessions)
+    result.memory_bytes = sum(n for held in result.memory.values() for n in held.values())
     result.layers = sum(s.layers for s in sessions)
     for binding in bindings:
         result.coverage.update({layer.path: layer.reason for layer in binding.layers if not layer.bound})
     result.notes = list(dict.fromkeys(note for s in sessions for note in s.notes()))
+    stepcache.report(result, [b.model for b in bindings], sessions)
     return result
 
 

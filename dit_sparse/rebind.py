@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
 
-from . import ulysses
+from . import ring, ulysses
 
 NAMES = frozenset({"dispatch_attention_fn", "scaled_dot_product_attention"})
 SDPA = "sdpa"  # the route of processors that call F.scaled_dot_product_attention themselves
@@ -34,7 +34,7 @@ REASONS = (
     "grouped-query attention (fewer key heads than query heads)",
     "attention dropout",
     "flex-attention BlockMask",
-    "ring context parallelism (ring_degree > 1)",
+    "ring context parallelism combined with Ulysses, or with pieces of unequal length",
     "a torch function mode changes attention (skip_attention_scores, SEG guidance)",
     "query and key lengths differ",
     "query, key and value are not 4-D",
@@ -154,6 +154,40 @@ def _(grad: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(grad)
 
 
+@torch.library.custom_op("dit_sparse::place_heads", mutates_args=())
+def _place_heads(x: torch.Tensor, handle: torch.Tensor, back: bool) -> torch.Tensor:
+    runtime, layer = _find(handle)
+    balance = getattr(runtime.session, "balance", None) if runtime is not None else None
+    if runtime is None or balance is None:
+        return x.clone(memory_format=torch.contiguous_format)
+    moved: torch.Tensor = balance.place(layer, x, back, runtime.session.layers)
+    return moved
+
+
+@_place_heads.register_fake
+def _(x: torch.Tensor, handle: torch.Tensor, back: bool) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("dit_sparse::ring_attention", mutates_args=())
+def _ring_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
+                    scale: float, handle: torch.Tensor) -> torch.Tensor:
+    runtime, layer = _find(handle)
+    if runtime is None:
+        raise RuntimeError("ring parallelism: sparse attention was disabled after compiling; compile the model again")
+
+    def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        return _dense(query, key, value, mask, scale, SDPA)
+
+    return ring.attend(runtime, layer, query, key, value, mask, scale, dense).contiguous()
+
+
+@_ring_attention.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float,
+      handle: torch.Tensor) -> torch.Tensor:
+    return query.new_empty(*query.shape[:3], value.shape[3])
+
+
 def _refuse_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     # Raised by an operator, so that compiling a graph with gradients switched on still works.
     grad = _no_backward(grad)
@@ -196,8 +230,8 @@ def _changed_by_mode() -> bool:
     return any(isinstance(m, TorchFunctionMode) and not isinstance(m, DeviceContext) for m in modes)
 
 
-def _refusal_code(query: Any, key: Any, value: Any, mask: Any, causal: bool, dropout: float, ring: int) -> int:
-    """Place in REASONS of what is visible in the arguments, or -1."""
+def _refusal_code(query: Any, key: Any, value: Any, mask: Any, causal: bool, dropout: float, mixed: bool) -> int:
+    """Place in REASONS of what is visible in the arguments, or -1; `mixed`: a ring that we do not know."""
     if causal:
         return CAUSAL
     if dropout:
@@ -210,7 +244,7 @@ def _refusal_code(query: Any, key: Any, value: Any, mask: Any, causal: bool, dro
         return LENGTHS
     if query.shape[2] != key.shape[2]:
         return GROUPED
-    if ring > 1:
+    if mixed:
         return RING
     return MODE if _changed_by_mode() else -1
 
@@ -232,9 +266,10 @@ def core(dense: Callable[[], torch.Tensor], query: torch.Tensor, key: torch.Tens
     processor = _here.processor
     if processor is None:
         return dense()
-    ranks = getattr(parallel, "context_parallel_config", None)
-    ring = ranks.ring_degree if ranks is not None else 1
-    code = _refusal_code(query, key, value, mask, causal, dropout, ring)
+    ranks: Any = getattr(parallel, "context_parallel_config", None)
+    ringed = ranks is not None and ranks.ring_degree > 1
+    mixed = ringed and (ranks.ulysses_degree > 1 or ranks.ring_anything)
+    code = _refusal_code(query, key, value, mask, causal, dropout, mixed)
     if code >= 0:
         _left_dense(processor._handle, code, key.shape[1] if key.dim() == 4 else 0)
         return dense()
@@ -242,9 +277,15 @@ def core(dense: Callable[[], torch.Tensor], query: torch.Tensor, key: torch.Tens
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
     scale = float(scale) if scale is not None else query.shape[-1] ** -0.5
+    if ringed:
+        return _ring_attention(query, key, value, mask, scale, processor._handle)
     world = ranks.ulysses_degree if ranks is not None else 1
     if world == 1:
         return _attention(query, key, value, mask, scale, processor._handle, backend, 1)
+    if not ranks.ulysses_anything and not query.shape[2] % world:
+        query, key, value = (_place_heads(x, processor._handle, False) for x in (query, key, value))
+        out = ulysses.exchange(_attention, query, key, value, mask, scale, processor._handle, backend, world, parallel)
+        return _place_heads(out, processor._handle, True)
     return ulysses.exchange(_attention, query, key, value, mask, scale, processor._handle, backend, world, parallel)
 
 
@@ -282,7 +323,8 @@ def _routes(source: dict[str, Any]) -> dict[str, Any]:
 
 
 def _clone(function: Any, scope: dict[str, Any]) -> Any:
-    clone = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__,
+    # A code object of its own: Dynamo keeps what it compiled with the code, and with it names in one of the scopes.
+    clone = types.FunctionType(function.__code__.replace(), scope, function.__name__, function.__defaults__,
                                function.__closure__)
     clone.__kwdefaults__ = function.__kwdefaults__
     return clone

@@ -55,6 +55,7 @@ class CallRecord:
         reason: why it was not sparse; empty for sparse calls.
         density: kept fraction of the (query, key) pairs; a tensor is read only by `Report.summary`.
         reused: the mask was remembered from an earlier step.
+        reusing: the option `reuse` was at work.
         backend: the kernel that ran.
         operator: what was computed for the mask.
         watch: marks at start, after routing, at the end.
@@ -67,6 +68,7 @@ class CallRecord:
     reason: str = ""
     density: float | torch.Tensor = 1.0
     reused: bool = False
+    reusing: bool = False
     backend: str = ""
     operator: str = ""
     watch: Stopwatch | None = None
@@ -87,8 +89,14 @@ class Summary:
         attention_seconds, routing_seconds: time inside the attention calls, and the part spent on masks.
         backends: kernels that ran, counted.
         operators: what the sparse calls computed for their masks, counted.
-        memory_bytes: what cross-step memory holds.
+        memory_bytes: the most that cross-step memory held during the run.
+        memory: the same by kind ("masks", "LSE", "outputs", "statistics", "caches", "layouts and tables"): bytes on the
+            "device" of the activations and in "cpu" memory.
         coverage: attention layers left untouched, with the reason.
+        step_cache: name of the step cache, empty without one.
+        skipped_calls, skipped_steps: self-attention calls that the step cache answered, and steps that have some.
+        skipped_per_step: share of a step's self-attention calls that it answered, for steps that have some.
+        step_cache_bytes: the most that it held during the run.
         notes: remarks on options that had no effect.
     """
 
@@ -113,8 +121,14 @@ class Summary:
     backends: dict[str, int] = field(default_factory=dict)
     operators: dict[str, int] = field(default_factory=dict)
     memory_bytes: int = 0
+    memory: dict[str, dict[str, int]] = field(default_factory=dict)
     layers: int = 0
     coverage: dict[str, str] = field(default_factory=dict)
+    step_cache: str = ""
+    skipped_calls: int = 0
+    skipped_steps: int = 0
+    skipped_per_step: dict[int, float] = field(default_factory=dict)
+    step_cache_bytes: int = 0
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -139,7 +153,9 @@ class Summary:
         rows += [("fallback", f"{n} x {reason}") for reason, n in self.fallbacks.items()]
         rows += [("untouched", f"{len(paths)} x {reason} ({_some(paths)})") for reason, paths in self._untouched()]
         if self.memory_bytes:
-            rows.append(("memory", f"{self.memory_bytes / 2**20:.1f} MiB kept across steps"))
+            rows.append(("memory", f"{self.memory_bytes / 2**20:.1f} MiB kept across steps: {self._memory_text()}"))
+        if self.step_cache:
+            rows.append(("step cache", self._step_cache_text()))
         rows += [("note", note) for note in self.notes]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
@@ -150,6 +166,22 @@ class Summary:
         for path, reason in self.coverage.items():
             found.setdefault(reason, []).append(path)
         return list(found.items())
+
+    def _memory_text(self) -> str:
+        """What is kept by kind, the largest first, and where, when that is not the device of the activations."""
+        parts = []
+        for kind, held in sorted(self.memory.items(), key=lambda item: -sum(item[1].values())):
+            place = ""
+            if self.device != "cpu" and held["cpu"]:
+                place = f" ({held['cpu'] / 2**20:.1f} MiB of it in CPU memory)" if held["device"] else " in CPU memory"
+            parts.append(f"{kind} {sum(held.values()) / 2**20:.1f} MiB{place}")
+        return ", ".join(parts)
+
+    def _step_cache_text(self) -> str:
+        where = " (" + ", ".join(str(step) for step in self.skipped_per_step) + ")" if self.skipped_steps else ""
+        calls = self.calls + self.skipped_calls
+        return (f"{self.step_cache}: answered {self.skipped_calls} of {calls} attention calls, in "
+                f"{self.skipped_steps} of {self.steps} steps{where}; held {self.step_cache_bytes / 2**20:.1f} MiB")
 
     def _density_text(self) -> str:
         if not self.calls:
@@ -182,15 +214,36 @@ class Report:
     def __init__(self) -> None:
         self.records: list[CallRecord] = []
         self.steps: set[int] = set()
+        self._forwards: list[tuple[int, set[int]]] = []  # step, and the layers that were called
 
     def reset(self) -> None:
         """Forget everything: a new run begins."""
         self.records.clear()
         self.steps.clear()
+        self._forwards.clear()
+
+    def begin(self, step: int) -> None:
+        """A forward begins."""
+        self.steps.add(step)
+        self._forwards.append((step, set()))
+
+    def skipped(self, layers: int) -> dict[int, tuple[int, int]]:
+        """For each step: layers that were not called, and all, counted over its forwards.
+
+        Args:
+            layers: self-attention layers of the transformer.
+        """
+        found: dict[int, tuple[int, int]] = {}
+        for step, seen in self._forwards:
+            missed, total = found.get(step, (0, 0))
+            found[step] = missed + max(0, layers - len(seen)), total + layers
+        return found
 
     def add(self, record: CallRecord) -> None:
         """Count one call."""
         self.records.append(record)
+        if self._forwards:
+            self._forwards[-1][1].add(record.layer)
 
 
 def summarize(method: str, reports: Iterable[Report]) -> Summary:

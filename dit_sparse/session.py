@@ -5,22 +5,25 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import routing
+from . import reuse, ring, routing
+from .balance import HeadBalance
 from .grid import TokenGrid
 from .kernels import attention as kernels
 from .kernels.attention import block_sparse_attention, dense_attention
 from .memory import Memory, State
 from .methods.base import Call, Plan
+from .operators import SkipBlocks
 from .report import CallRecord, Report, Stopwatch
 
 if TYPE_CHECKING:
     from .bridge import ForwardInfo
     from .processor import SparseProc
+    from .stepcache import ActiveCache
 
 
 class SparseFallbackError(RuntimeError):
@@ -59,6 +62,10 @@ class RunSession:
         self.layers = 0
         self.device = ""
         self.grid: TokenGrid | None = None
+        self.balance = HeadBalance()
+        self.share: ring.Share | None = None  # set by `ring.attend` for one call
+        self.plans: Callable[[Call, Callable[[], tuple[Plan, bool]]], tuple[Plan, bool]] | None = None  # see replay.py
+        self.step_cache: ActiveCache | None = None  # set by `stepcache.switch_on`
         self._guard = FiniteGuard()
         self._slower = _slower_calls()
 
@@ -73,17 +80,25 @@ class RunSession:
             self.memory.reset()
         if info.step not in self.report.steps:
             self._guard.read()
-        self.report.steps.add(info.step)
+            self.memory.note()
+        self.report.begin(info.step)
         self.info = info
+        sparse = self.method.name != "dense" and not self._planned_dense(1 << 30)
+        self.balance.begin(info.parallel, info.step, new_run=info.new_run, sparse=sparse, remembers=self._remembers,
+                           known=self.method.head_costs)
 
     def end_run(self) -> None:
         """The pipeline call is over: what was remembered between steps is freed, the report stays."""
         self.memory.reset()
+        if self.step_cache is not None:
+            self.step_cache.end_run()
         self.run.over = True
 
     def forget(self) -> None:
         """A new run begins: the report and the distrust of layers belong to the last one."""
         self.report.reset()
+        self.memory.reset()
+        self.memory.peaks.clear()
         self._guard.reset()
         self._slower = _slower_calls()
 
@@ -119,7 +134,7 @@ class RunSession:
             out = self._sparse(record, query, key, value, mask, scale)
         if out is None:
             watch.mark()
-            out, lse = dense_attention(query, key, value, scale=scale, attn_mask=mask)
+            out, lse = self._dense(query, key, value, mask, scale)
             record.density, record.backend = 1.0, "dense"
             if self.method.observes and record.kind == "dense":
                 self._observe(record, query, key, value, mask, scale, out, lse)
@@ -130,6 +145,22 @@ class RunSession:
         return out
 
     # -- the path of one call ----------------------------------------------------------------------------------
+
+    def _dense(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
+               scale: float) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Dense attention and its LSE; under ring parallelism this rank's rows, without the LSE."""
+        if self.share is None:
+            return dense_attention(query, key, value, scale=scale, attn_mask=mask)
+
+        def rows(part: slice) -> torch.Tensor:
+            own = mask[..., part, :] if mask is not None and mask.dim() > 2 and mask.shape[-2] > 1 else mask
+            return dense_attention(query[:, part], key, value, scale=scale, attn_mask=own)[0]
+
+        return self.share.dense(query, rows), None
+
+    def _remembers(self, layer: int) -> bool:
+        """Whether anything that belongs to the heads of a layer is kept for later steps."""
+        return any(place in (layer, None) for place in (_layer_of(key) for key in self.memory.keys()))
 
     def _planned_dense(self, layer: int) -> str:
         """Why the plan of the run wants this call dense, or an empty text."""
@@ -168,13 +199,21 @@ class RunSession:
             key_mask, reason = key_mask_of(mask, query.shape[0], key.shape[1])
         if not reason and self._guard.is_bad(record.layer):
             reason = "non-finite output at an earlier step"
+        reason = reason or ring.against(self.method, self.info.parallel if self.info else None)
         if reason or grid is None:
             self._fall_back(record, reason)
             return None
         call = self._call(record, query, key, value, key_mask, scale, grid)
-        plan, record.reused = self._plan(record, call)
+        make = functools.partial(self._plan, record, call)
+        plan, record.reused = make() if self.plans is None else self.plans(call, make)
         if plan.mask is None:
             record.reason = f"method {self.method.name}'s own choice"
+            return None
+        plan, own = reuse.reusing(plan, self.settings), plan
+        record.reusing = plan is not own
+        against = "" if self.share is None else self.share.refusal(plan.operator)
+        if against:
+            self._fall_back(record, against)
             return None
         return call, plan
 
@@ -192,13 +231,22 @@ class RunSession:
             attend = functools.partial(block_sparse_attention, scale=scale, key_mask=call.key_mask,
                                        backend=self.settings.backend,
                                        on_backend=lambda name: setattr(record, "backend", name))
-            out, _ = plan.operator.run(call, plan.mask, attend)
+            if self.share is not None:
+                out = self.share.run(call, plan.operator, plan.mask, attend)
+            else:
+                out, _ = plan.operator.run(call, plan.mask, attend)
             record.operator = plan.operator.title
+            self.balance.note(record.layer, plan.mask)
         except SparseFallbackError:
             raise
         except Exception as error:  # whatever a method or kernel trips over, the user's run goes on, and it is counted
+            if self.share is not None and not isinstance(error, ValueError):
+                raise  # the other ranks go on sparse, and would wait for rows that never come
             self._fall_back(record, one_line(error))
             return None
+        if self.share is not None:  # what one rank's rows hold, the others do not know
+            record.kind, record.density = "sparse", plan.operator.computed(call, plan.mask)
+            return out
         if self.settings.check == "call" and not bool(torch.isfinite(out).all()):
             self._fall_back(record, "non-finite output")
             return None
@@ -244,18 +292,21 @@ class RunSession:
         return Call(query, key, value, grid, scale, layer=record.layer, layers=self.layers, step=record.step,
                     num_steps=(info.num_steps if info else None) or self.settings.num_steps, branch=record.branch,
                     key_mask=key_mask, cached=cached, family=info.family if info else "", generator=generator,
-                    state=State(self.memory, _place(record, query), step=record.step, shape=grid))
+                    state=State(self.memory, _place(record, query), step=record.step, shape=grid),
+                    heads=self.balance.heads(record.layer, query.shape[2], query.device), ranks=self.balance.world,
+                    host_heads=self.balance.host_heads(record.layer))
 
     def _plan(self, record: CallRecord, call: Call) -> tuple[Plan, bool]:
         """The method's plan, remembered for `refresh` steps when it depends on the activations."""
-        if self.settings.refresh == 1 or not self.method.scored:
+        age = reuse.mask_age(self.settings)
+        if age == 1 or not self.method.scored:
             return self.method.plan(call), False
         place = _place(record, call.query)
-        kept = self.memory.get(place, step=call.step, max_age=self.settings.refresh, shape=call.grid)
+        kept = self.memory.get(place, step=call.step, max_age=age, shape=call.grid)
         if kept is not None:
             return kept, True
         plan = self.method.plan(call)
-        self.memory.put(place, plan, step=call.step, shape=call.grid)
+        self.memory.put(place, plan, step=call.step, shape=call.grid, kind="masks")
         return plan, False
 
     # -- reporting ---------------------------------------------------------------------------------------------
@@ -271,6 +322,9 @@ class RunSession:
         first = min(self.report.steps, default=0)
         if length and first and self.settings.dense_steps and not self.schedule.is_dense(first, length, 1 << 30):
             notes.append(f"dense_steps has no effect: the run began at step {first} of {length}, past the dense ones")
+        notes += self.method.remarks(self.grid, length)
+        notes += reuse.notes(self.settings, self.method, self.report.records)
+        notes += self.balance.notes()
         # Counted for the process: what ran since this run began.
         notes += [f"{n} x {reason}" for reason, n in (_slower_calls() - self._slower).items()]
         return notes
@@ -279,6 +333,15 @@ class RunSession:
 def _place(record: CallRecord, query: torch.Tensor) -> Hashable:
     """What tells apart the calls of one step: layer, CFG branch, batch size and heads."""
     return record.layer, record.branch, query.shape[0], query.shape[2]
+
+
+def _layer_of(key: Any) -> int | None:
+    """The layer that a key of the memory names; -1: a number for the report, of no head; None: not known."""
+    if key[0] == "state":
+        if key[1] == SkipBlocks.SHARE:
+            return -1
+        key = key[2]
+    return key[0] if isinstance(key[0], int) else None
 
 
 def _slower_calls() -> Counter[str]:

@@ -17,7 +17,7 @@ import json
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ from dit_sparse.pipelines.video_io import finished_file
 COLUMNS = ("rung", "density", "median ms", "TFLOP/s", "x dense")
 BLOCK = 128
 TILE = (2, 8, 8)
+AGAINST = "times as fast as dense attention"
 SPARSEST = 0.08  # the sparsest of uneven heads, times the mean density
 
 
@@ -48,6 +49,21 @@ class Rung:
     name: str
     density: float
     call: Callable[[], Any]
+
+
+class Measured(Protocol):
+    """A rung that can be written and drawn: a dataclass with these two fields and the words beside its bar."""
+
+    @property
+    def rung(self) -> str:
+        """What the rung is."""
+
+    @property
+    def speedup(self) -> float:
+        """Time of the first rung over this one's."""
+
+    def words(self) -> str:
+        """What is written beside the bar."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +80,10 @@ class LadderRow:
         """The row as printed."""
         return [self.rung, f"{self.density:.3f}", f"{self.milliseconds:.3f}", f"{self.tflops:.0f}",
                 f"{self.speedup:.2f}"]
+
+    def words(self) -> str:
+        """What is written beside its bar."""
+        return f"{self.speedup:.2f}x   {self.milliseconds:.1f} ms   {self.tflops:.0f} TFLOP/s"
 
 
 def _hopper(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float, tuning: Tuning) -> Any:
@@ -160,32 +180,37 @@ def bench_ladder(grid: TokenGrid, heads: int = 40, head_dim: int = 128, *, densi
             for name, ms in took.items()]
 
 
-def write(rows: Sequence[LadderRow], folder: pathlib.Path, title: str, footer: str) -> list[pathlib.Path]:
-    """Writes ladder.csv, ladder.json and, where matplotlib is installed, ladder.png to a folder, which is made.
+def write(rows: Sequence[Measured], folder: pathlib.Path, title: str, footer: str, *, stem: str = "ladder",
+          against: str = AGAINST, more: dict[str, Any] | None = None) -> list[pathlib.Path]:
+    """Writes STEM.csv, STEM.json and, where matplotlib is installed, STEM.png to a folder, which is made.
 
     Args:
-        rows: what was measured.
+        rows: what was measured, dataclasses of one class.
         folder: where to.
         title, footer: what was computed, and the machine and versions it was computed with.
+        stem: of the files' names.
+        against: what the axis of the picture is.
+        more: stands in the JSON beside the rows.
 
     Returns:
         The files written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    found = [asdict(row) for row in rows]
-    lines, whole = folder / "ladder.csv", folder / "ladder.json"
+    found: list[dict[str, Any]] = [asdict(row) for row in rows]  # type: ignore[call-overload]
+    lines, whole = folder / f"{stem}.csv", folder / f"{stem}.json"
     with finished_file(lines) as path, path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*LadderRow.__dataclass_fields__])
+        writer = csv.DictWriter(file, list(found[0]))
         writer.writeheader()
         writer.writerows(found)
     with finished_file(whole) as path:
-        path.write_text(json.dumps({"title": title, "footer": footer, "rows": found}, indent=1) + "\n")
+        path.write_text(json.dumps({"title": title, "footer": footer, "rows": found, **(more or {})}, indent=1) + "\n")
     if importlib.util.find_spec("matplotlib") is None:
         return [lines, whole]
-    return [lines, whole, draw(rows, folder / "ladder.png", title, footer)]
+    return [lines, whole, draw(rows, folder / f"{stem}.png", title, footer, against)]
 
 
-def draw(rows: Sequence[LadderRow], path: pathlib.Path, title: str, footer: str) -> pathlib.Path:
+def draw(rows: Sequence[Measured], path: pathlib.Path, title: str, footer: str, against: str = AGAINST
+         ) -> pathlib.Path:
     """The rungs as horizontal bars, the dense one first, as a PNG; needs matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -194,12 +219,11 @@ def draw(rows: Sequence[LadderRow], path: pathlib.Path, title: str, footer: str)
     axes = FigureCanvasAgg(figure).figure.add_subplot()
     speeds = [row.speedup for row in rows]
     bars = axes.barh(range(len(rows)), speeds, color=["#9aa3ad"] + ["#2a6f97"] * (len(rows) - 1), height=0.66)
-    axes.bar_label(bars, [f"{row.speedup:.2f}x   {row.milliseconds:.1f} ms   {row.tflops:.0f} TFLOP/s" for row in rows],
-                   padding=5, fontsize=9)
+    axes.bar_label(bars, [row.words() for row in rows], padding=5, fontsize=9)
     axes.set_yticks(range(len(rows)), [row.rung for row in rows])
     axes.invert_yaxis()
     axes.set_xlim(0, max(speeds) * 1.5)
-    axes.set_xlabel("times as fast as dense attention")
+    axes.set_xlabel(against)
     axes.set_title(title, loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     figure.supxlabel(footer, fontsize=7.5, color="#555555", x=0.01, ha="left")

@@ -151,7 +151,7 @@ def _time_model(geometry: Geometry, counts: dict[str, int], proc: Any, device: s
     return timed
 
 
-def _release(device: str, compiled: bool) -> None:
+def release(device: str, compiled: bool) -> None:
     """Give the memory of the last model back, which its graphs hold too, before the next is built."""
     if compiled:
         torch._dynamo.reset()
@@ -184,12 +184,31 @@ def bench_step(geometry: Geometry, methods: Sequence[str], *, density: float = 0
     Raises:
         SparseFallbackError: a method's call could not run sparse: its row would tell of dense attention.
     """
+    return time_variants(geometry, variants(methods, fp8), density=density, device=device, dtype=dtype,
+                         compiled=compiled, backend=backend, seconds=seconds, profiled=profiled, on_row=on_row)
+
+
+def time_variants(geometry: Geometry, chosen: Sequence[Variant], *, density: float = 0.2, device: str = "cuda",
+                  dtype: str = "bf16", compiled: bool = True, backend: str | None = None, seconds: float = 1.0,
+                  profiled: bool = False, on_row: Callable[[StepRow], None] = lambda row: None) -> list[StepRow]:
+    """Times a step as each of some variants, in their order; the first is what the others are compared with.
+
+    Args:
+        geometry, density, device, dtype, compiled, backend, seconds, profiled, on_row: as in `bench_step`.
+        chosen: what is timed.
+
+    Returns:
+        A row for each.
+
+    Raises:
+        SparseFallbackError: as in `bench_step`.
+    """
     rows: list[StepRow] = []
-    for variant in variants(methods, fp8):
+    for variant in chosen:
         def timed(counts: dict[str, int], look: bool, variant: Variant = variant) -> _Timed:
             kernel = "fp8" if "attention" in variant.fp8 else backend
-            proc = None if variant.method is None else _proc(variant.method, density, kernel)
-            _release(device, compiled)
+            proc = None if variant.method is None else sparse_of(variant.method, density, kernel)
+            release(device, compiled)
             return _time_model(geometry, counts, proc, device, DTYPES[dtype], compiled, seconds,
                                "linear" in variant.fp8, look)
 
@@ -225,7 +244,8 @@ def _row(geometry: Geometry, variant: Variant, few: _Timed, more: dict[str, _Tim
         profile={kind: found.kinds() for kind, found in looked.items()}, profile_lines=lines)
 
 
-def _proc(name: str, density: float, backend: str | None) -> Any:
+def sparse_of(name: str, density: float, backend: str | None) -> Any:
+    """A SparseProc that runs a method at every step and in every layer, at a density where it takes one."""
     takes_density = "density" in getattr(all_methods().get(name), "__dataclass_fields__", {})
     options: dict[str, Any] = {"density": density} if takes_density else {}
     return dit_sparse.SparseProc(name, dense_steps=0, dense_layers=0, num_steps=LONG_RUN, backend=backend, strict=True,

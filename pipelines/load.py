@@ -21,6 +21,7 @@ def load(
     method: Any = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    preset: Any = None,
     **options: Any,
 ) -> Any:
     """An ordinary Diffusers pipeline, with sparse attention switched on when a method or an option is given.
@@ -30,6 +31,7 @@ def load(
         method: name of a sparse method or a SparseProc; None leaves the pipeline untouched unless options are given.
         device: None takes the first CUDA device, or the CPU when there is none.
         dtype: None takes bfloat16 on CUDA and float32 elsewhere.
+        preset: a Preset, its name or its file; it names the method, see SparseProc.
         options: options of the method, see SparseProc.
 
     Returns:
@@ -56,10 +58,10 @@ def load(
         raise ValueError(f"model {str(model)!r} cannot be loaded: {_first_line(error)}") from error
     _refuse_unfilled(pipe, stored, place)
     pipe.to(device)
-    if method is not None or options:
+    if method is not None or preset is not None or options:
         from .. import enable
 
-        enable(pipe, method, **options)
+        enable(pipe, method, **options, **({} if preset is None else {"preset": preset}))
     return pipe
 
 

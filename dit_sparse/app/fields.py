@@ -114,13 +114,14 @@ class ShapeForm:
         return dict(zip(self.NAMES, values, strict=True))
 
 
-def shape_form(shelf: Shelf, name: str, verb: str, **start: Any) -> ShapeForm:
+def shape_form(shelf: Shelf, name: str, verb: str, *, several: bool = False, **start: Any) -> ShapeForm:
     """The fields of what to make.
 
     Args:
         shelf: the models.
         name: prefix of the components' ids.
         verb: on the button that begins.
+        several: the prompt is a list, one a line, that may be empty.
         start: replaces the model's own values.
     """
     from ..pipelines.embedded import EXAMPLES
@@ -128,12 +129,14 @@ def shape_form(shelf: Shelf, name: str, verb: str, **start: Any) -> ShapeForm:
     base = {**shelf.geometry(shelf.names[0]), **start}
     model = gr.Dropdown(shelf.names, value=shelf.names[0], label="Model", elem_id=f"{name}-model",
                         visible=len(shelf.names) > 1)
-    prompt = gr.Textbox(EXAMPLES[0], label="Prompt", lines=2, max_lines=4, elem_id=f"{name}-prompt")
+    label = "Prompts, one a line; the last is held out (empty: those that come along)" if several else "Prompt"
+    prompt = gr.Textbox("" if several else EXAMPLES[0], label=label, lines=2, max_lines=4, elem_id=f"{name}-prompt")
     with gr.Row():
         run = gr.Button(verb, variant="primary", elem_id=f"{name}-run", scale=2)
         stop = gr.Button("Cancel", variant="stop", elem_id=f"{name}-stop", interactive=False, min_width=90)
-    gr.Examples([[text] for text in EXAMPLES], [prompt], label="Examples", examples_per_page=4, cache_examples=False,
-                elem_id=f"{name}-examples", api_visibility="private")
+    if not several:
+        gr.Examples([[text] for text in EXAMPLES], [prompt], label="Examples", examples_per_page=4,
+                    cache_examples=False, elem_id=f"{name}-examples", api_visibility="private")
     with gr.Row():
         width = _number("Width", base["width"], f"{name}-width", 16)
         height = _number("Height", base["height"], f"{name}-height", 16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
@@ -20,10 +21,19 @@ CANCELLED = "Cancelled."
 # The two buttons, while a job runs and otherwise.
 BUSY = (gr.update(interactive=False), gr.update(interactive=True))
 FREE = (gr.update(interactive=True), gr.update(interactive=False))
+GONE = "The preset is gone; tune again, or untick it."
 DEVICE = "device"  # events of one name wait for each other: one job at a time
 
 
-def generate_tab(shelf: Shelf, sessions: Sessions) -> None:
+@dataclass(frozen=True)
+class GenerateForm:
+    """What another tab may fill in: the fields of the size, and whether the visitor's preset is used."""
+
+    shape: ShapeForm
+    preset: gr.Checkbox
+
+
+def generate_tab(shelf: Shelf, sessions: Sessions) -> GenerateForm:
     """Draw the tab and connect its events."""
     from .. import SparseProc
 
@@ -31,6 +41,8 @@ def generate_tab(shelf: Shelf, sessions: Sessions) -> None:
         with gr.Column(scale=4, min_width=300):
             shape = shape_form(shelf, "generate", "Generate")
             mode = gr.Radio(MODES, value="both", label="Make", elem_id="generate-mode")
+            preset = gr.Checkbox(False, label="Use the preset from Tune in place of the method", visible=False,
+                                 elem_id="generate-preset")
             form = method_form("Method", SparseProc.default_method, "generate")
             with gr.Accordion("Options of every method", open=False, elem_id="generate-shared"):
                 shared, cache, threshold = shared_form("generate-all")
@@ -38,9 +50,10 @@ def generate_tab(shelf: Shelf, sessions: Sessions) -> None:
             state = gr.HTML(words.card(words.EMPTY, "ds-empty"), elem_id="generate-state", label="Progress")
             result = gr.HTML("", elem_id="generate-result", label="Result", js_on_load=words.PLAYER, min_height=1)
     run, stop = shape.run, shape.stop
-    inputs = [*shape.inputs, mode, form.method, form.options, shared, cache, threshold]
+    inputs = [*shape.inputs, mode, preset, form.method, form.options, shared, cache, threshold]
     event = queued(run, generator(shelf, sessions, shape), inputs, [state, run, stop, result])
     connect_stop(stop, sessions, event, [state, run, stop])
+    return GenerateForm(shape, preset)
 
 
 def queued(run: gr.Button, function: Any, inputs: list[Any], outputs: list[Any]) -> Any:
@@ -78,11 +91,14 @@ def generator(shelf: Shelf, sessions: Sessions, shape: ShapeForm) -> Any:
 
     def generate(request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
         count = len(shape.inputs)
-        mode, method, options, shared, cache, threshold = values[count:]
+        mode, tuned, method, options, shared, cache, threshold = values[count:]
         try:
+            preset = sessions.preset(request.session_hash) if tuned else None
+            if tuned and preset is None:
+                raise UserError(GONE)
             asked = wanted.check(
                 shelf, **shape.read(values[:count]), mode=mode, method=method, options=options, shared=shared,
-                step_cache=cache, step_cache_value=threshold,
+                step_cache=cache, step_cache_value=threshold, preset=preset,
             )
             yield words.progress_card(Progress()), *BUSY, ""
             for found in sessions.follow(request.session_hash, lambda job: make(shelf, asked, job)):

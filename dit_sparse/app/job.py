@@ -30,6 +30,8 @@ class Progress:
         done, steps: denoising steps of all runs of the job.
         started: time.monotonic() at the start of the job; first: after its first step, with `first_done` steps.
         preview: data address of a picture, or None.
+        fraction, left: share of the work that is done and seconds to go, of work that tells them itself instead of
+            steps; None: it does not, or does not know.
     """
 
     phase: str = "waiting"
@@ -39,6 +41,15 @@ class Progress:
     first: float = 0.0
     first_done: int = 0
     preview: str | None = None
+    fraction: float | None = None
+    left: float | None = None
+
+    @property
+    def share(self) -> float:
+        """Share of the work that is done."""
+        if self.fraction is not None:
+            return self.fraction
+        return self.done / self.steps if self.steps else 0.0
 
     def elapsed(self) -> float:
         """Seconds since the start."""
@@ -46,6 +57,8 @@ class Progress:
 
     def remaining(self) -> float | None:
         """Seconds that the steps to come should take, from those since the first; None before the second."""
+        if self.fraction is not None:
+            return self.left
         if self.done <= self.first_done or not self.first:
             return None
         last = time.monotonic() - self.first

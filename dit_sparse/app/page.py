@@ -1,4 +1,4 @@
-"""The page: a head, three tabs, the API."""
+"""The page: a head, four tabs, the API."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .inspect_tab import inspect_tab
 from .models import Shelf
 from .sessions import Sessions
 from .style import CSS, theme
+from .tune_tab import tune_tab
 
 TITLE = "dit-sparse"
 MOST_WAITING = 32
@@ -43,11 +44,13 @@ def build(models: Sequence[str] = ("embedded",), device: str | None = None) -> g
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 600)) as page:
         endpoints(shelf, sessions)  # before the page's own events, which would take their names
         gr.HTML(_head(shelf), elem_id="head")
-        with gr.Tabs():
+        with gr.Tabs() as tabs:
             with gr.Tab("Generate", id="generate"):
-                generate_tab(shelf, sessions)
+                form = generate_tab(shelf, sessions)
             with gr.Tab("Inspect", id="inspect"):
                 inspect_tab(shelf, sessions)
+            with gr.Tab("Tune", id="tune"):
+                tune_tab(shelf, sessions, tabs, form)
             with gr.Tab("Bench", id="bench"):
                 bench_tab(shelf, sessions)
         page.unload(_leave(sessions))

@@ -1,21 +1,25 @@
-"""What the server holds for each visitor: the job that runs for him, and his last recording; nothing on the disk."""
+"""What the server holds for each visitor: his running job, last recording and last preset; nothing on the disk."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..commands.console import UserError
 from .capture import Recording
 from .job import Job, Progress
 
+if TYPE_CHECKING:
+    from ..tuning.preset import Preset
+
+MOST_PRESETS = 64  # of all visitors together, some kilobytes each
 MOST_RECORDINGS = 4  # of all visitors together, at most capture.BUDGET bytes and a clip's stamps each
 
 
 class Sessions:
-    """Jobs and recordings by session.
+    """Jobs, recordings and presets by session.
 
     Args:
         lock: of the device; see `Job`.
@@ -25,6 +29,7 @@ class Sessions:
         self._device, self._guard = lock, threading.Lock()
         self._jobs: dict[str, list[Job]] = {}
         self._recordings: OrderedDict[str, Recording] = OrderedDict()
+        self._presets: OrderedDict[str, Preset] = OrderedDict()
 
     def follow(self, session: str | None, work: Callable[[Job], Any], every: float = 0.4) -> Iterator[Progress | Any]:
         """Run work(job); yields the progress, and last of all the result.
@@ -68,21 +73,36 @@ class Sessions:
     def keep(self, session: str | None, recording: Recording) -> None:
         """Remember a visitor's recording in place of his last one; the oldest of all goes when there are too many."""
         with self._guard:
-            self._recordings.pop(session or "", None)
-            self._recordings[session or ""] = recording
-            while len(self._recordings) > MOST_RECORDINGS:
-                self._recordings.popitem(last=False)
+            _keep(self._recordings, session or "", recording, MOST_RECORDINGS)
 
     def recording(self, session: str | None) -> Recording | None:
         """A visitor's recording, if it is still there."""
         with self._guard:
             return self._recordings.get(session or "")
 
+    def keep_preset(self, session: str | None, preset: Preset) -> None:
+        """Remember what a visitor tuned in place of what he tuned before; see `keep`."""
+        with self._guard:
+            _keep(self._presets, session or "", preset, MOST_PRESETS)
+
+    def preset(self, session: str | None) -> Preset | None:
+        """What a visitor tuned, if it is still there."""
+        with self._guard:
+            return self._presets.get(session or "")
+
     def forget(self, session: str | None) -> None:
-        """A visitor has left: his jobs stop, his recording goes."""
+        """A visitor has left: his jobs stop, his recording and preset go."""
         self.cancel(session)
         with self._guard:
             self._recordings.pop(session or "", None)
+            self._presets.pop(session or "", None)
+
+
+def _keep(held: OrderedDict[str, Any], key: str, value: Any, most: int) -> None:
+    held.pop(key, None)
+    held[key] = value
+    while len(held) > most:
+        held.popitem(last=False)
 
 
 def _readable(error: BaseException) -> BaseException:

@@ -80,7 +80,10 @@ CSS = """
 .ds-maps .ds-blocks { image-rendering: pixelated; width: 38%; margin-top: 8px; border: 1px solid var(--ds-line); }
 .ds-pick img { width: 100%; border-radius: 8px; display: block; cursor: crosshair; } .ds-pick h3 { margin-top: 0; }
 .gradio-container .html-container { padding: 0 !important; }
+.ds pre { white-space: pre-wrap; overflow-wrap: anywhere; } .ds summary { cursor: pointer; margin: 12px 0; }
+.ds h3.ds-missed { color: var(--ds-warn); }
 .ds-key { display: inline-block; width: 12px; height: 12px; border-radius: 3px; margin: 0 6px 0 12px; }
-@media (max-width: 640px) { .ds-head h1 { font-size: 20px; } }
+@media (max-width: 640px) { .ds-head h1 { font-size: 20px; }
+  .tab-container button { padding: 0 9px !important; } }
 @media (prefers-reduced-motion: reduce) { .ds-bar > div { transition: none; } }
 """

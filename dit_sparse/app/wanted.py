@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,8 +20,12 @@ from ..pipelines.load import EMBEDDED
 from . import forms
 from .models import Shelf
 
+if TYPE_CHECKING:
+    from ..tuning.preset import Preset
+
 MODES = ("both", "sparse", "dense")
 LONGEST_PROMPT = 1000
+OF_PRESET = ("dense_steps", "dense_layers")  # a preset's own plan says which steps and layers are dense
 # Bytes of a run beside the weights, for each byte of the clip in float32 and of one activation of all tokens. Generous:
 # one clip of 512x512x17 with the embedded model took 246 MiB on two cores (November 2026), and these give 930.
 CLIP_COPIES, TOKEN_COPIES = 12, 24
@@ -78,6 +82,7 @@ def check(
     shared: Mapping[str, Any] | None = None,
     step_cache: str | None = None,
     step_cache_value: float | None = None,
+    preset: Preset | None = None,
 ) -> Wanted:
     """Check everything that can be known before the model runs.
 
@@ -90,38 +95,46 @@ def check(
         method: name of a method; None takes the default.
         options, shared: of the method, and of every method, by name.
         step_cache, step_cache_value: one of `forms.STEP_CACHES` or "none", and its number.
+        preset: takes the place of the method and its options, and of `dense_steps` and `dense_layers`.
 
     Raises:
         UserError: one line that names what is allowed.
     """
     name = model if model else shelf.names[0]
     place = shelf.place(name)
-    text = _prompt(prompt)
+    text = read_prompt(prompt)
     if mode not in MODES:
         raise UserError(f"mode={str(mode)[:40]!r} is not allowed; use one of {', '.join(MODES)}")
     with in_page_words():
         shape = _shape(shelf, name, width, height, frames, steps, guidance)
         number = whole("seed", seed)
         check_seed(number)
-        proc = build_proc(method, options, shared, step_cache, step_cache_value)
+        proc = build_proc(method, options, shared, step_cache, step_cache_value, preset)
         fit_grid(proc, shape)
     check_memory(shelf, name, shape, clips=2 if mode == "both" else 1)
-    own = {f.name: getattr(proc.method, f.name) for f in forms.fields_of(proc.method.name)}
+    fields = forms.fields_of(proc.method.name) if preset is None else []
+    own = {f.name: getattr(proc.method, f.name) for f in fields}
     written = {
         "model": name, "prompt": text, "mode": mode, "seed": number, "width": shape.width, "height": shape.height,
         "frames": shape.frames, "steps": shape.steps, "guidance": shape.guidance_scale, "method": proc.method.name,
         "options": own, "shared": {n: getattr(proc.settings, n) for n in forms.SHARED},
         "step_cache": step_cache or "none", "step_cache_value": step_cache_value,
-    }
+    } | ({} if preset is None else {"preset": preset.to_dict()})
     return Wanted(name, place, text, number, shape, mode, proc, written, _notes(place, text, shape))
 
 
 def build_proc(
     method: str | None, options: Mapping[str, Any] | None, shared: Mapping[str, Any] | None = None,
-    step_cache: str | None = None, step_cache_value: float | None = None,
+    step_cache: str | None = None, step_cache_value: float | None = None, preset: Preset | None = None,
 ) -> Any:
     """A SparseProc from what the form holds; see `check`."""
     from .. import SparseProc
+
+    if preset is not None:
+        more = forms.read([f for f in forms.shared_fields() if f.name not in OF_PRESET], {
+            name: value for name, value in (shared or {}).items() if name not in OF_PRESET})
+        with refusing(ValueError, TypeError):
+            return SparseProc(preset=preset, **more, step_cache=forms.step_cache(step_cache, step_cache_value))
 
     name = method or SparseProc.default_method
     if name not in all_methods():
@@ -187,7 +200,12 @@ def free_bytes(device: torch.device) -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _prompt(prompt: Any) -> str:
+def read_prompt(prompt: Any) -> str:
+    """The prompt without the space around it.
+
+    Raises:
+        UserError: it is empty or too long.
+    """
     text = prompt.strip() if isinstance(prompt, str) else ""
     if not text:
         raise UserError("prompt is empty; say what to show, or take one of the examples")

@@ -37,7 +37,7 @@ def refusal(text: str) -> str:
 
 def progress_card(progress: Progress) -> str:
     """Phase, steps, elapsed and expected time, and the preview."""
-    share = progress.done / progress.steps if progress.steps else 0.0
+    share = progress.share
     left = progress.remaining()
     if progress.phase in ("measuring", "encoding") and progress.done >= progress.steps:
         left = None

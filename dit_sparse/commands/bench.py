@@ -1,4 +1,4 @@
-"""`dit-sparse bench kernels | routing | step | ladder`: dense and sparse side by side on this machine."""
+"""`dit-sparse bench kernels | routing | step | ladder | generate`: dense and sparse side by side on this machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .console import UserError, print_json, print_table, progress, refusing
-from .request import check_writable
+from .request import check_writable, parse_options
 
 MAX_TOKENS = 1_000_000
 Update = Callable[[int, int], None]
@@ -21,12 +21,13 @@ CPU = {"tokens": 4096, "heads": 4, "head_dim": 64, "dtype": "fp32", "block_size"
 CUDA = {"tokens": 32768, "heads": 12, "head_dim": 128, "dtype": "bf16", "block_size": 128}
 
 
-TOPICS = ("kernels", "routing", "step", "ladder")
+TOPICS = ("kernels", "routing", "step", "ladder", "generate")
 OPTIONS = {  # which options a topic takes, beside --density, --device, --seconds and --json
     "kernels": ("tokens", "heads", "head_dim", "dtype", "block_size", "backend"),
     "routing": ("heads", "head_dim", "dtype", "grid", "methods"),
     "step": ("dtype", "backend", "models", "methods", "fp8", "profile"),
     "ladder": ("heads", "head_dim", "dtype", "grid", "out"),
+    "generate": ("dtype", "models", "methods", "dense_steps", "dense_layers", "step_cache", "out"),
 }
 
 
@@ -62,7 +63,8 @@ def bench(
     if options.get("backend") not in (None, *names):
         raise UserError(f"--backend {options['backend']!r} is unknown; use one of {', '.join(names)}")
     given = {name: value for name, value in options.items() if value is not None}
-    measure = {"kernels": _kernels, "routing": _routing, "step": _step, "ladder": _ladder}[what]
+    measure = {"kernels": _kernels, "routing": _routing, "step": _step, "ladder": _ladder,
+               "generate": _generate}[what]
     with refusing(ValueError, RuntimeError), progress("measuring") as update:
         rows, columns, notes, more = measure(given, densities, device, seconds, update)
     where = environment(device)
@@ -202,10 +204,8 @@ def _ladder(
     if grid.tokens > MAX_TOKENS:
         raise UserError(f"--grid {given.get('grid')} has {grid.tokens} tokens; the limit is {MAX_TOKENS}")
     _check_memory("--grid", grid.tokens, shape, device)
-    if out := given.get("out"):  # before the minutes that the measuring takes
-        with refusing(OSError, prefix=f"--out {out}: "):
-            pathlib.Path(out).mkdir(parents=True, exist_ok=True)
-        check_writable(*(pathlib.Path(out) / f"ladder.{kind}" for kind in ("csv", "json", "png")), argument="--out")
+    if out := given.get("out"):
+        _prepare(pathlib.Path(out), "ladder", "csv", "json", "png")
     density, failed = (densities or [0.25])[0], dict[str, str]()
     rounds = max(2, round(30 * seconds))
     rows = ladder.bench_ladder(
@@ -215,11 +215,66 @@ def _ladder(
     notes = [f"{title}: random activations and lists; the rungs take turns."]
     notes += [f"Not measured: {name}, {reason}." for name, reason in failed.items()]
     if out:
-        written = ladder.write(rows, pathlib.Path(out), title, footer)
-        notes += [f"Written: {path}" for path in written]
-        if not any(path.suffix == ".png" for path in written):
-            notes.append("No picture: matplotlib is missing (pip install 'dit-sparse[eval]').")
+        notes += _told(ladder.write(rows, pathlib.Path(out), title, footer))
     return rows, ladder.COLUMNS, "\n".join(notes), {"not_measured": failed}
+
+
+def _generate(
+    given: dict[str, Any], densities: list[float] | None, device: str, seconds: float, update: Update
+) -> Measured:
+    from ..eval import generate_speed as speed
+    from ..eval.step_speed import default_models, needs_gpu
+
+    cuda = _cuda(device)
+    names, methods = given.get("models") or default_models(device), _known_methods(given.get("methods"))
+    for flag, values in (("density", densities), ("model", names), ("method", methods)):
+        if len(values or ()) > 1:
+            raise UserError(f"--{flag}: bench generate takes one")
+    if names[0] not in speed.models():
+        raise UserError(f"--model {names[0]!r} is not allowed; use one of {', '.join(speed.models())}")
+    if why := needs_gpu(names, device):
+        raise UserError(why)
+    cache = given.get("step_cache", speed.CACHES[0])
+    if cache not in speed.CACHES:
+        raise UserError(f"--step-cache {cache!r} is not allowed; use one of {', '.join(speed.CACHES)}")
+    method = (methods or [speed.METHOD])[0]
+    steps = parse_options([f"dense_steps={given.get('dense_steps', speed.DENSE_STEPS)}"])["dense_steps"]
+    asked = speed.warmups(method, steps, given.get("dense_layers", speed.DENSE_LAYERS))
+    if out := given.get("out"):
+        _prepare(pathlib.Path(out), "generate", "csv", "json", "md", "png")
+    done = itertools.count(1)
+    kinds = speed.measure(
+        speed.GEOMETRIES[names[0]],
+        method,
+        density=(densities or [speed.DENSITY])[0],
+        device=device,
+        dtype=given.get("dtype", "bf16" if cuda else "fp32"),
+        compiled=cuda,
+        seconds=seconds,
+        cache=cache,
+        on_row=lambda _what: update(next(done), 5),
+    )
+    ladders = [speed.rungs(kinds, warmup) for warmup in asked]
+    notes = speed.notes(kinds, ladders)
+    more = {"notes": list(notes), "rate": dataclasses.asdict(kinds.rate)}
+    if out:
+        notes += _told(speed.write(kinds, asked, ladders, pathlib.Path(out), device))
+    return [row for rows in ladders for row in rows], speed.COLUMNS, "\n".join(notes), more
+
+
+def _prepare(folder: pathlib.Path, stem: str, *kinds: str) -> None:
+    """Make the folder and see that its files can be written, before the minutes that the measuring takes."""
+    with refusing(OSError, prefix=f"--out {folder}: "):
+        folder.mkdir(parents=True, exist_ok=True)
+    check_writable(*(folder / f"{stem}.{kind}" for kind in kinds), argument="--out")
+
+
+def _told(written: Sequence[pathlib.Path]) -> list[str]:
+    """Lines that say what was written."""
+    lines = [f"Written: {path}" for path in written]
+    if not any(path.suffix == ".png" for path in written):
+        lines.append("No picture: matplotlib is missing (pip install 'dit-sparse[eval]').")
+    return lines
 
 
 def _check_memory(flag: str, tokens: int, shape: dict[str, Any], device: str) -> None:

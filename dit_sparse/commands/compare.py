@@ -7,6 +7,7 @@ from typing import Any
 
 from . import settings
 from .console import UserError, print_json, print_pairs, print_table, progress, refusing
+from .generate import skipped
 from .request import (
     check_seed,
     parse_options,
@@ -33,6 +34,8 @@ def compare(
     method: str | None = None,
     density: float | None = None,
     options: list[str] | None = None,
+    step_cache: str | None = None,
+    preset: str | None = None,
     model: str = "embedded",
     device: str | None = None,
     fps: int = settings.FPS,
@@ -48,14 +51,18 @@ def compare(
         raise UserError("--long is a size of the embedded model; for another model give --size and --steps")
     check_seed(seed)
     text = read_prompts(prompt, None, EXAMPLES[0])[0]
-    preset = settings.COMPARE["long" if long else "preview"]
-    base = {**DEFAULTS, **preset} if model == "embedded" else {}
+    usual = settings.COMPARE["long" if long else "preview"]
+    base = {**DEFAULTS, **usual} if model == "embedded" else {}
     shape = shape_of(model, size=size, frames=frames, steps=steps, guidance_scale=guidance_scale, base=base)
     path = plan_outputs(output or Path(f"compare-{seed}.mp4"), [text], ".mp4")[0]
     given = parse_options(options or []) | ({} if density is None else {"density": density})
+    given |= {} if step_cache is None else {"step_cache": step_cache}
     # The table's options belong to the table's method; another method starts from its own defaults.
-    own = preset["options"] if method in (None, preset["method"]) else {}
-    proc = sparse_proc(method or preset["method"], {**own, **given})
+    own = usual["options"] if method in (None, usual["method"]) else {}
+    if preset is not None:
+        proc = sparse_proc(method, {**given, "preset": preset})
+    else:
+        proc = sparse_proc(method or usual["method"], {**own, **given})
     warn_of_unknown_words(model, [text])
     warn_of_small_size(model, shape)
     pipe = open_pipeline(model, device, proc)
@@ -120,6 +127,7 @@ def _print(result: dict[str, Any]) -> None:
             "density": f"{result['density']:.3f} over all calls"
             + ("" if sparse is None else f", {sparse:.3f} in the sparse ones"),
             "attention": f"{result['attention_seconds']:.1f} s of the sparse run",
+            **skipped(result["summary"]),
             "fallbacks": [f"{n} x {reason}" for reason, n in result["summary"]["fallbacks"].items()] or "none",
             "device": result["device"],
             "written": result["files"],

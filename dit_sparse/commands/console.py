@@ -124,3 +124,29 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
             bar.update(task, completed=done, total=steps)
 
         yield update
+
+
+@contextmanager
+def fraction_bar(label: str) -> Iterator[Callable[[float, str, float | None], None]]:
+    """A progress bar for work that says itself how far it is; yields update(share done, text, seconds left or None)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    columns = [TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
+               TextColumn("{task.fields[left]}")]
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=1.0, left="")
+
+        def update(share: float, text: str, seconds_left: float | None) -> None:
+            left = "" if seconds_left is None else f"about {_duration(seconds_left)} left"
+            bar.update(task, completed=share, description=text, left=left)
+
+        yield update
+
+
+def _duration(seconds: float) -> str:
+    """`40 s`, `12 min` or `3.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -67,6 +67,21 @@ def eval_methods(
     )
 
 
+@eval_app.command("tune", epilog="Example: dit-sparse eval tune --quick --out tuned")
+def eval_tune(
+    out: Annotated[Path, typer.Option(help="Folder of the tables, made or continued.")] = Path("tuned"),
+    quick: Annotated[bool, typer.Option("--quick", help="A size that a CPU makes in under a minute.")] = False,
+    seconds: Annotated[float | None, typer.Option(min=0, help="Begin nothing new after these; 0: tables only.")] = None,
+    state: Annotated[Path | None, typer.Option(help="Where tunings keep their clips, else OUT/state.")] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Tune the included model to 26, 30 and 34 dB and bring every method to the same PSNR; killed, it goes on."""
+    from .tuned_comparison import compare_tuned as run
+
+    run(out, quick=quick, seconds=seconds, state=state, device=device, as_json=as_json)
+
+
 @eval_app.command("show", epilog="Example: dit-sparse eval show results/methods")
 def eval_show(
     folder: Annotated[Path, typer.Argument(help="Folder of `eval run`.")],

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from . import settings
-from .console import print_json, print_pairs, refusing
+from .console import UserError, print_json, print_pairs, refusing
+from .many import Clip, make_all, supervise, worker_of
 from .request import (
     check_seed,
     check_writable,
@@ -34,12 +38,23 @@ def generate(
     method: str | None = None,
     density: float | None = None,
     options: list[str] | None = None,
+    step_cache: str | None = None,
+    preset: str | None = None,
     model: str = "embedded",
     device: str | None = None,
     fps: int = settings.FPS,
+    resume: bool | None = None,
     as_json: bool = False,
 ) -> None:
-    """Check everything, load the model once, then make, write and report one clip after the other."""
+    """Check everything, load the model once, then make, write and report one clip after the other.
+
+    With `resume`, or in several processes, as `many` says: a file of prompts in whoever's hands.
+    """
+    worker = worker_of(os.environ, resume) if prompts_file is not None else None
+    if worker is None and resume is not None and prompts_file is None:
+        raise UserError("--resume belongs to --prompts FILE")
+    if worker is not None:
+        supervise(worker, output or Path())
     from .run import device_name, make_clip, open_pipeline, stay_offline
 
     stay_offline(model)
@@ -50,32 +65,45 @@ def generate(
     base = DEFAULTS if model == "embedded" else {}
     shape = shape_of(model, size=size, frames=frames, steps=steps, guidance_scale=guidance_scale, base=base)
     suffix, many = ".png" if shape.frames == 1 else ".mp4", prompts_file is not None
+    if worker is not None and output is not None and not output.suffix:
+        with refusing(OSError, prefix=f"--output {output}: "):
+            output.mkdir(parents=True, exist_ok=True)  # for good: other processes may be using it
     paths = plan_outputs(output, prompts, suffix, seed, into_folder=many)
-    proc = sparse_proc(method, parse_options(options or []) | ({} if density is None else {"density": density}))
+    given = parse_options(options or []) | ({} if density is None else {"density": density})
+    given |= {} if step_cache is None else {"step_cache": step_cache}
+    proc = sparse_proc(method, given | ({} if preset is None else {"preset": preset}))
     warn_of_unknown_words(model, prompts)
     warn_of_small_size(model, shape)
-    pipe = open_pipeline(model, device, proc)
+    pipe = open_pipeline(model, device if worker is None else worker.device(device), proc)
     with refusing():
         from .. import enable, summary
 
         enable(pipe, proc)
-    results = []
-    for number, (text, path) in enumerate(zip(prompts, paths, strict=True), start=1):
-        if number > 1:
-            check_writable(path, sheet_path(path))
-        label = "denoising" if len(prompts) == 1 else f"denoising {number}/{len(prompts)}"
-        clip, seconds = make_clip(pipe, text, shape, seed, label)
+
+    asked = {"seed": seed, "model": model, "method": repr(proc), "fps": fps, **shape.arguments()}
+    clips = [Clip(number, text, path, {"prompt": text, **asked})
+             for number, (text, path) in enumerate(zip(prompts, paths, strict=True), start=1)]
+
+    def make(one: Clip) -> dict[str, Any]:
+        if one.number > 1:
+            check_writable(one.path, sheet_path(one.path))
+        label = "denoising" if len(prompts) == 1 else f"denoising {one.number}/{len(prompts)}"
+        clip, seconds = make_clip(pipe, one.prompt, shape, seed, label)
         if many:
-            with refusing(OSError, prefix=f"--output {path.parent}: "):
-                path.parent.mkdir(parents=True, exist_ok=True)
-        files = write_clip(path, clip, fps)
+            with refusing(OSError, prefix=f"--output {one.path.parent}: "):
+                one.path.parent.mkdir(parents=True, exist_ok=True)
+        files = write_clip(one.path, clip, fps)
         report = summary(pipe).to_dict()
         made = shape.made(clip, report["steps"])
-        result = describe(text, seed, made, report, seconds, device_name(pipe), files)
-        if as_json:
-            results.append(result)
-        else:
-            print_summary(result, first=number == 1)
+        return describe(one.prompt, seed, made, report, seconds, device_name(pipe), files)
+
+    if worker is not None:
+        raise typer.Exit(make_all(worker, clips, make, as_json))
+    results = []
+    for one in clips:
+        results.append(make(one))
+        if not as_json:
+            print_summary(results[-1], first=one.number == 1)
     if as_json:
         print_json(results[0] if len(results) == 1 and prompts_file is None else results)
 
@@ -125,6 +153,15 @@ def describe(
     }
 
 
+def skipped(report: dict[str, Any]) -> dict[str, str]:
+    """The line on the step cache, where there is one."""
+    if not report.get("step_cache"):
+        return {}
+    calls = report["calls"] + report["skipped_calls"]
+    return {"step cache": f"{report['step_cache']}: answered {report['skipped_calls']} of {calls} attention calls, in "
+            f"{report['skipped_steps']} of {report['steps']} steps"}
+
+
 def print_summary(result: dict[str, Any], first: bool = True) -> None:
     """The result for people."""
     report, seconds = result["summary"], result["seconds"]
@@ -146,6 +183,7 @@ def print_summary(result: dict[str, Any], first: bool = True) -> None:
             "seconds": f"{seconds['all']:.1f}: {seconds['attention']:.1f} in attention, "
             f"{seconds['elsewhere']:.1f} elsewhere",
             "fallbacks": [f"{n} x {reason}" for reason, n in result["fallbacks"].items()] or "none",
+            **skipped(report),
             **({"notes": report["notes"]} if report.get("notes") else {}),
             "written": result["files"],
         }

@@ -111,8 +111,8 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
 
 def sparse_proc(method: str | None, options: Mapping[str, Any]) -> Any:
     """A checked SparseProc, before any model is loaded."""
-    if options.get("step_cache") is not None:
-        raise UserError("step_cache takes a Diffusers cache configuration, an object; use it from Python")
+    if not isinstance(options.get("step_cache"), str | None):
+        raise UserError("step_cache takes a name or a file here; configurations are objects, for Python")
     with refusing(ValueError, TypeError):
         from .. import SparseProc
 

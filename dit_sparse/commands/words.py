@@ -20,6 +20,11 @@ Density = Annotated[float | None, typer.Option(help="Share of the attention that
 Options = Annotated[
     list[str] | None, typer.Option("--option", "-o", help="Option of the method, as name=value; may be repeated.")
 ]
+StepCache = Annotated[
+    str | None,
+    typer.Option(help="first_block, taylorseer, magcache, teacache, pab, fastercache, or a file of `calibrate`."),
+]
+PresetName = Annotated[str | None, typer.Option("--preset", help="Name of a preset, or a file that `tune` wrote.")]
 Model = Annotated[str, typer.Option(help="'embedded', a Diffusers folder, or a hub id.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; the GPU when there is one.")]
 Fps = Annotated[int, typer.Option(min=1, max=120, help="Frames per second of the file.")]

@@ -28,7 +28,7 @@ def all_methods() -> dict[str, type[Method]]:
         for item in vars(module).values():
             if not (isinstance(item, type) and issubclass(item, Method)):
                 continue
-            if item.__module__ != module.__name__ or not item.name:
+            if item.__module__ != module.__name__ or not item.name or item.hidden:
                 continue
             if item.name in found:
                 places = f"{found[item.name].__module__} and {item.__module__}"

@@ -155,6 +155,11 @@ class AdaSpa(Method):
                              "[0.0, 1.0] or whole numbers of steps >= 0")
         check_block_size(self.name, self.block_size)
 
+    def against_ranks(self) -> str:
+        """See `Method.against_ranks`."""
+        heads = "gives blocks of some heads of a layer to others, which are on other ranks; use head_adaptive=False"
+        return f"adaspa: head_adaptive=True {heads}" if self.head_adaptive else ""
+
     # -- when ------------------------------------------------------------------------------------------------------
 
     def points(self, call: Call) -> list[int]:
@@ -222,12 +227,12 @@ class AdaSpa(Method):
         level = head_levels(torch.cat(recalls, 1), self.recall if self.head_adaptive else 2.0)
         # FEWER keeps what all three budgets keep, MORE what any does.
         keep = pack_bits(torch.cat(classes, 1) >= (3 - level)[..., None, None])
-        call.state.keep("kept", keep)
+        call.state.keep("kept", keep, "masks")
         later = any(point > call.step for point in self.points(call))
         if not later:
             call.state.keep("lse", None)
         elif call.state.recall("lse") is None:
-            call.state.keep("lse", lse)
+            call.state.keep("lse", lse, "LSE")
         return keep
 
     def mask(self, call: Call, keep: Tensor) -> BlockMask:
@@ -241,7 +246,7 @@ class AdaSpa(Method):
     def observe(self, call: Call, out: Tensor, lse: Tensor | None) -> None:
         """Keep a dense step's LSE for the first search, where there is one."""
         if lse is not None and not self.dense_search:
-            call.state.keep("lse", lse)
+            call.state.keep("lse", lse, "LSE")
 
     def plan(self, call: Call) -> Plan:
         """The remembered blocks, or a search."""

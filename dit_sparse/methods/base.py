@@ -34,6 +34,10 @@ class Call:
         generator: seeds sampled rows; deterministic for a given run, layer and step.
         state: what the method keeps from step to step of this layer and branch: `call.state.keep("name", value)`,
             `call.state.recall("name")`. Never a reference to activations that are not needed later: it costs memory.
+        heads: int64 (H,), which of the layer's heads these are, when the others are on other ranks (Ulysses); None:
+            all of them. `own` picks from what is made for all heads.
+        ranks: how many ranks share the heads.
+        host_heads: the same heads as numbers, for methods with `head_costs`.
     """
 
     query: torch.Tensor
@@ -51,12 +55,29 @@ class Call:
     family: str = ""
     generator: torch.Generator | None = None
     state: State = field(default_factory=State)
+    heads: torch.Tensor | None = None
+    ranks: int = 1
+    host_heads: tuple[int, ...] | None = None
     _means: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def device(self) -> torch.device:
         """Device of the activations."""
         return self.query.device
+
+    @property
+    def all_heads(self) -> int:
+        """Heads of the layer, those of other ranks counted in."""
+        return self.query.shape[2] * self.ranks
+
+    def own(self, table: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        """The rows of this call's heads in a table of all heads of the layer.
+
+        Args:
+            table: on the call's device, with `all_heads` rows along `dim`.
+            dim: which dimension counts heads.
+        """
+        return table if self.heads is None else table.index_select(dim, self.heads)
 
     def block_mean(self, name: str, layout: BlockLayout) -> torch.Tensor:
         """Mean of the real tokens of every block, pooled once per call however many parts ask for it.
@@ -75,6 +96,22 @@ class Call:
             # What the ids belong to is kept along: an id may be used again once its owner is gone.
             self._means[place] = (mean, x, layout)
         return self._means[place][0]
+
+    def head_index(self, heads: tuple[int, ...]) -> torch.Tensor:
+        """int64 (heads,) on the call's device, made once."""
+        index: torch.Tensor = self.cached(("heads", heads), lambda: torch.tensor(heads, device=self.device))
+        return index
+
+    def of_heads(self, heads: tuple[int, ...]) -> Call:
+        """The call as some of its heads see it, cut out once per call however many parts ask for it."""
+        place = ("heads", heads)
+        if place not in self._means:
+            index = self.head_index(heads)
+            query, key, value = (x.index_select(2, index) for x in (self.query, self.key, self.value))
+            which = index if self.heads is None else self.heads[index]
+            self._means[place] = dataclasses.replace(self, query=query, key=key, value=value, heads=which)
+        part: Call = self._means[place]
+        return part
 
 
 @dataclass
@@ -100,6 +137,7 @@ class Method:
     `lists` says whether its masks are lists of blocks and nothing more, which other methods can choose from.
     `observes` asks that `observe` sees the calls that the schedule keeps dense. `needs` says in a few words what the
     method needs beyond a pipeline ("trained gate weights", "calibration file (optional)"); empty: nothing.
+    `hidden` methods are made by a part of the library, not by name, and are in no list.
     """
 
     name: ClassVar[str] = ""
@@ -110,6 +148,7 @@ class Method:
     scored: ClassVar[bool] = False
     observes: ClassVar[bool] = False
     lists: ClassVar[bool] = True
+    hidden: ClassVar[bool] = False
     family_defaults: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def plan(self, call: Call) -> Plan:
@@ -132,8 +171,28 @@ class Method:
             lse: (B, H, L) float32, natural logarithm, where the dense kernel gave it, else None.
         """
 
+    def operators(self) -> tuple[type[Operator], ...]:
+        """Kinds of operators that its plans carry: they say which kinds of `reuse` go with the method."""
+        return (Drop,)
+
+    def head_costs(self) -> torch.Tensor | None:
+        """What every head costs, float32 (layers, heads) on the CPU, where that is known before the run, or None.
+
+        Under Ulysses parallelism the heads are then spread by these costs for good, and calls name theirs in
+        `host_heads` too; otherwise by what the last step kept.
+        """
+        return None
+
+    def against_ranks(self) -> str:
+        """Why the heads of a layer cannot be spread over ranks (Ulysses parallelism); empty: each is by itself."""
+        return ""
+
     def check(self, grid: TokenGrid) -> None:
         """Raise ValueError, in one line, when an option cannot serve this grid (too large a window, ...)."""
+
+    def remarks(self, grid: TokenGrid | None, num_steps: int | None) -> list[str]:
+        """Notes for the summary of a run with this grid (None before the first call) and so many steps (or None)."""
+        return []
 
     def at_density(self, density: float) -> Method:
         """The same method with its density option changed.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..grid import TokenGrid
 from ..inner import inner_method
+from ..operators import Operator
 from ..operators_delta import ANCHORS, DeltaRows
 from ..patterns import check_block_size, choose_block_size
 from .base import Call, Method, Plan, check_range
@@ -59,6 +60,10 @@ class Delta(Method):
         "hunyuan": {"inner": "gna", "group": None},
     }
 
+    def operators(self) -> tuple[type[Operator], ...]:
+        """See `Method.operators`."""
+        return (DeltaRows,)
+
     def __post_init__(self) -> None:
         group = self.group
         if group is not None and (not isinstance(group, int) or isinstance(group, bool) or group < 1):
@@ -90,6 +95,10 @@ class Delta(Method):
     def observe(self, call: Call, out: Tensor, lse: Tensor | None) -> None:
         """What the inner method keeps of a dense call."""
         self.maker(call.grid).observe(call, out, lse)
+
+    def against_ranks(self) -> str:
+        """See `Method.against_ranks`."""
+        return inner_method(self.name, self.inner).against_ranks()
 
     def plan(self, call: Call) -> Plan:
         """The inner method's plan, its operator corrected."""

@@ -329,13 +329,13 @@ class GNA(Method):
         mask = static_mask(call, self, lambda: self.build(call.grid))
         if self.tile_windows is None:
             return Plan(mask)
-        windows = self.windows_of(call.layer, call.step, call.query.shape[2])
+        windows = self.windows_of(call.layer, call.step, call.all_heads)
 
         def choose() -> Tensor:
             distinct = self._distinct()
             return torch.tensor([[distinct.index(w) for w in windows]]).to(call.device)
 
-        return Plan(pick(mask, call.cached((self, "heads", windows), choose)))
+        return Plan(pick(mask, call.own(call.cached((self, "heads", windows), choose), 1)))
 
     @property
     def table_heads(self) -> int | None:

@@ -137,14 +137,14 @@ class Paro(Method):
 
     def loaded(self, call: Call, made: Calibration) -> tuple[Tensor, Tensor]:
         """As `measured`, from the file, for the part of the run that the step is in."""
-        made.check(call.grid, call.layers, call.query.shape[2])
+        made.check(call.grid, call.layers, call.all_heads)
         group = group_of(call.step, call.num_steps, made.masks.shape[0])
         kept = call.state.recall("loaded")
         if kept is None or kept[0] != group:  # one group at a time on the device
             order, bits = made.orders[call.layer], made.masks[group, call.layer]
             kept = group, order[None].to(call.device, torch.int64), bits[None].to(call.device)
             call.state.keep("loaded", kept)
-        return kept[1], kept[2]
+        return call.own(kept[1], 1), call.own(kept[2], 1)
 
     def plan(self, call: Call) -> Plan:
         """The orders and masks of this layer, written out as lists."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..blockmask import BlockLayout
 from ..grid import TokenGrid
+from ..operators import Operator
 from ..operators_pyramid import LEVELS, Pyramid, PyramidMask, pooled_layout
 from ..order import hilbert, layout, video_blocks
 from ..patterns import check_block_size, choose_block_size
@@ -131,6 +132,10 @@ class PSA(Method):
         "cogvideox": {"ratios": (0.10, 0.15, 0.15, 0.35), "block_size": 128, "key_block_size": 32, "dense_steps": 15,
                       "dense_layers": 0},
     }
+
+    def operators(self) -> tuple[type[Operator], ...]:
+        """See `Method.operators`."""
+        return (Pyramid,)
 
     def __post_init__(self) -> None:
         if self.density is not None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..blockmask import BlockLayout
 from ..gilbert import gilbert, neighbour_blocks
 from ..grid import TokenGrid
+from ..operators import Operator
 from ..operators_rectified import Rectify, pooled_shares
 from ..order import layout, video_blocks
 from ..patterns import check_block_size, choose_block_size
@@ -69,6 +70,10 @@ class Rectified(Method):
         "cogvideox": {"drop_rate": 0.85, "p_remain": 0.3, "dense_steps": 5, "dense_layers": 0},
         "flux": {"drop_rate": 0.9, "p_remain": 0.3, "dense_steps": 0, "dense_layers": 0},
     }
+
+    def operators(self) -> tuple[type[Operator], ...]:
+        """See `Method.operators`."""
+        return (Rectify,)
 
     def __post_init__(self) -> None:
         for name in ("drop_rate", "p_remain"):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..blockmask import HIGHEST, LOWEST, BlockLayout, BlockMask, TokenWindow
 from ..grid import TokenGrid
+from ..operators import Operator
 from ..operators_statistics import MeasureShare, ReuseShare
 from ..order import layout, token_major, video_blocks
 from ..patterns import build_mask, check_block_size, choose_block_size, half_band, interval_blocks, static_mask
@@ -80,6 +81,10 @@ class Rettention(Method):
         "cogvideox": {"window": 0.03125, "period": 5, "lam": 0.04, "dense_steps": 0.3, "dense_layers": 0},
         "pixart": {"window": 0.03125, "period": 5, "lam": 0.04, "dense_steps": 0.25, "dense_layers": 0},
     }
+
+    def operators(self) -> tuple[type[Operator], ...]:
+        """See `Method.operators`."""
+        return (MeasureShare, ReuseShare)
 
     def __post_init__(self) -> None:
         check_range(self.name, "window", self.window, 0, 2)

@@ -16,6 +16,7 @@ import torch
 from ..blockmask import BlockLayout, BlockMask
 from ..grid import TokenGrid
 from ..kernels.skip import FIRST
+from ..operators import Operator
 from ..operators_skip import TRIALS, CarryBlocks, CountBlocks, Fit, SkipToTarget
 from ..order import layout
 from ..patterns import check_block_size, choose_block_size, static_mask
@@ -67,6 +68,10 @@ class SkipSoftmax(Method):
     # (here: the first two). How many steps run dense was not found; the default of all methods holds.
     family_defaults: ClassVar[dict[str, dict[str, Any]]] = {"wan": {"target": 0.5, "dense_layers": 2}}
 
+    def operators(self) -> tuple[type[Operator], ...]:
+        """See `Method.operators`."""
+        return (SkipToTarget,)
+
     def __post_init__(self) -> None:
         given = [n for n in ("target", "scale_factor", "threshold") if getattr(self, n) is not None]
         if len(given) > 1:
@@ -98,6 +103,13 @@ class SkipSoftmax(Method):
         if given not in ([], ["target"]):
             raise ValueError(f"skip_softmax: fit and {given[0]} exclude each other; fit serves a target")
         object.__setattr__(self, "fit", tuple(self.fit))
+
+    def against_ranks(self) -> str:
+        """See `Method.against_ranks`."""
+        if self.threshold or self.scale_factor or self.fit is not None:
+            return ""
+        return ("skip_softmax: target measures one threshold for all heads of a layer, some of them on other ranks; "
+                "use scale_factor, threshold or fit")
 
     def layout(self, grid: TokenGrid) -> BlockLayout:
         """The model's own order, text in blocks of its own, on the CPU."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..blockmask import BlockLayout
 from ..grid import TokenGrid
-from ..operators import Drop, Soft
+from ..operators import Drop, Operator, Soft
 from ..order import choose_tile, layout, morton, tile, video_blocks
 from ..patterns import check_block_size, choose_block_size
 from ..routing import pool, route_means
@@ -91,6 +91,10 @@ class Sol(Method):
         "wan": {"tau": 1.0, "variance": "diag", "order": "morton", "dense_steps": 0.2, "dense_layers": 1},
         "hunyuan": {"tau": 1.0, "variance": "diag", "order": "raster", "dense_steps": 0.2, "dense_layers": 1},
     }
+
+    def operators(self) -> tuple[type[Operator], ...]:
+        """See `Method.operators`."""
+        return (Soft,) if self.soft else (Drop,)
 
     def __post_init__(self) -> None:
         check_range(self.name, "tau", self.tau, -1e9, 1e9)

@@ -110,6 +110,10 @@ class Sparge(Method):
     } | {"ltx": {"density": None, "tau": 0.98, "theta": -0.1, "block_size": 128, "key_block_size": 64, "dense_steps": 0,
                  "dense_layers": 0}}
 
+    def operators(self) -> tuple[type[Operator], ...]:
+        """See `Method.operators`."""
+        return (type(self.operator()),)
+
     def __post_init__(self) -> None:
         if self.density is not None:
             check_range(self.name, "density", self.density, 0, 1, open_low=True)

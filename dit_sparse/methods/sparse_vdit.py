@@ -18,7 +18,7 @@ from torch import Tensor
 from ..blockmask import BlockLayout, BlockMask
 from ..grid import TokenGrid
 from ..headmodes import DIAGONAL, MODES, MULTI, SKIP, STRIPE, HeadModes, choose, load_modes, relative_cost
-from ..operators import ZeroHeads
+from ..operators import Operator, ZeroHeads
 from ..order import layout, raster, token_major, video_blocks
 from ..patterns import (
     build_mask,
@@ -27,6 +27,7 @@ from ..patterns import (
     half_band,
     interval_blocks,
     pick,
+    replace_heads,
     static_mask,
 )
 from ..scoring import head_chunks, pool, sampled_row_attention
@@ -84,6 +85,10 @@ class SparseVDiT(Method):
         "hunyuan": {"lam": 0.5, "eps": 1.0, "normalise": False, "cost": "density", "dense_steps": 0.2},
         "wan": {"lam": 0.5, "eps": 1.0, "normalise": False, "cost": "density", "dense_steps": 0.2},
     }
+
+    def operators(self) -> tuple[type[Operator], ...]:
+        """See `Method.operators`."""
+        return (ZeroHeads,)
 
     def __post_init__(self) -> None:
         check_range(self.name, "density", self.density, 0, 1, open_low=True)
@@ -160,15 +165,7 @@ class SparseVDiT(Method):
             stripes.shape[-1], dtype=torch.bool, device=call.device))
         text = mask.key.blocks - stripes.shape[-1]
         keep = torch.nn.functional.pad(keep, (0, text, 0, text), value=True)
-        striped = BlockMask.from_dense(keep, mask.query, mask.key)
-        one = (modes == STRIPE)[..., None]
-        lists = torch.nn.functional.pad(mask.lists, (0, striped.lists.shape[-1] - mask.lists.shape[-1]))
-        lists = torch.where(one[..., None], striped.lists, lists)
-        whole = torch.where(one, striped.whole, mask.whole)
-        boundary = torch.where(one, striped.boundary, mask.boundary)
-        found = BlockMask(lists, whole, boundary, mask.query, mask.key)
-        found.__dict__["pairs"] = torch.where(one[..., 0], striped.pairs, mask.pairs)
-        return found
+        return replace_heads(mask, BlockMask.from_dense(keep, mask.query, mask.key), modes == STRIPE)
 
     # -- the search ------------------------------------------------------------------------------------------------
 
@@ -219,19 +216,26 @@ class SparseVDiT(Method):
         """Modes (1, H) and stripes (1, H, video blocks) of a call: from the file, the run's memory, or a search."""
         if self.table is not None:
             held = load_modes(self.table)
-            held.check(call.grid, layers=call.layers, heads=call.query.shape[2], steps=call.num_steps)
+            held.check(call.grid, layers=call.layers, heads=call.all_heads, steps=call.num_steps)
             if call.step >= held.modes.shape[0]:
                 raise ValueError(f"the search was made for {held.modes.shape[0]} steps, step {call.step} is beyond; "
                                  "pass num_steps= or search anew")
             modes, stripes = call.cached((self, "table", call.layer), lambda: (
                 held.modes[:, call.layer].to(call.device), held.stripe_map(call.layer)[None].to(call.device)))
-            return modes[call.step][None], stripes
+            return call.own(modes[call.step])[None], call.own(stripes, 1)
         found: tuple[Tensor, Tensor] | None = call.state.recall("head modes")
         if found is None:
             errors, stripes, _ = self.measure(call)
             found = self.decide(call, errors), stripes
             call.state.keep("head modes", found)
         return found
+
+    def against_ranks(self) -> str:
+        """See `Method.against_ranks`."""
+        if self.table is not None or self.skip_share == 0:
+            return ""
+        return ("sparse_vdit: skip_share chooses among all heads of a layer, some of them on other ranks; use "
+                "skip_share=0 or a table")
 
     def plan(self, call: Call) -> Plan:
         """The mask of every head."""

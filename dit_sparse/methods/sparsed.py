@@ -133,7 +133,7 @@ class SparseD(Method):
         packed = call.state.recall("pattern", max_age=math.inf if self.every is None else self.every)
         if packed is None:
             packed = pack_bits(self.pattern(call, blocks))  # a bit for every pair: lists would take 32 times as much
-            call.state.keep("pattern", packed)
+            call.state.keep("pattern", packed, "masks")
         bits, video = packed, video_blocks(blocks, call.grid)
         batch, heads = bits.shape[:2]
         mask = lists_of_maps(lambda part: unpack_bits(bits[:, part], video), batch, heads, blocks, video)

@@ -183,6 +183,12 @@ class Twilight(Method):
         """What the inner method keeps of a dense call."""
         self.selector().observe(call, out, lse)
 
+    def against_ranks(self) -> str:
+        """See `Method.against_ranks`."""
+        if self.density is not None and self.density < 1:
+            return "twilight: density sets one share for all heads of a layer, some of them on other ranks; use p"
+        return self.selector().against_ranks()
+
     def plan(self, call: Call) -> Plan:
         """The inner method's plan, with the blocks that the share can do without taken out."""
         plan = self.selector().plan(call)

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from ..blockmask import BlockLayout
 from ..grid import TokenGrid
+from ..operators import Operator
 from ..operators_coarse import CoarseFine, Gate
 from ..order import layout, tile, video_blocks
 from ..patterns import check_block_size, key_blocks_kept
@@ -56,11 +57,19 @@ class VSA(Method):
         "wan": {"density": 0.1, "dense_steps": 0, "dense_layers": 0},
     }
 
+    def operators(self) -> tuple[type[Operator], ...]:
+        """See `Method.operators`."""
+        return (CoarseFine,)
+
     def __post_init__(self) -> None:
         check_range(self.name, "density", self.density, 0, 1, open_low=True)
         if self.gate is not None and not callable(self.gate):
             raise ValueError(f"vsa: gate={self.gate!r} is not allowed; use None or a function from a Call to a tensor")
         check_block_size(self.name, self.block_size)
+
+    def against_ranks(self) -> str:
+        """See `Method.against_ranks`."""
+        return "" if self.gate is None else "vsa: gate sees the tokens of one rank, its heads those of all"
 
     def layout(self, grid: TokenGrid) -> BlockLayout:
         """One block for every cube, short at the edges, then text, on the CPU."""

@@ -1,6 +1,6 @@
 """Makes the pictures of docs/app.md from a page that is being served.
 
-    python -m tests.app.pictures [ADDRESS [generate] [inspect]]
+    python -m tests.app.pictures [ADDRESS [generate] [inspect] [tune]]
 
 Needs Playwright and Chromium. Each picture stays below 200 kB.
 """
@@ -66,12 +66,25 @@ def inspect(page: Any) -> None:
     save(page, "inspect")
 
 
+def tune(page: Any, target: float) -> None:
+    """The Tune tab with a preset, quick, at the preview size with fewer steps."""
+    page.get_by_role("tab", name="Tune").click()
+    page.wait_for_selector("#tune-run")
+    for name, value in {"steps": 10, "guidance": 1}.items():
+        page.fill(f"#tune-{name} input", str(value))
+    page.fill("#tune-value input", str(target))
+    page.click("#tune-run")
+    page.wait_for_selector("#tune-result [data-state=done]", timeout=600_000)
+    page.wait_for_timeout(500)
+    save(page, "tune")
+
+
 def main(address: str = "http://127.0.0.1:7860", *parts: str) -> None:
     """Make the pictures of these parts, else all."""
     from playwright.sync_api import sync_playwright
 
     FOLDER.mkdir(exist_ok=True)
-    parts = parts or ("generate", "inspect")
+    parts = parts or ("generate", "inspect", "tune")
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=find_browser(), args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 860}, color_scheme="light")
@@ -79,6 +92,8 @@ def main(address: str = "http://127.0.0.1:7860", *parts: str) -> None:
         page.wait_for_selector("#generate-options")
         if "generate" in parts:
             generate(page, 10)
+        if "tune" in parts:
+            tune(page, 24)
         dark = browser.new_page(viewport={"width": 1280, "height": 860}, color_scheme="dark")
         dark.goto(address)
         dark.wait_for_selector("#generate-options")

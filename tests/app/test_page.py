@@ -228,3 +228,7 @@ def test_names_contrast_keyboard_and_a_narrow_screen(visit: Any, scheme: str) ->
     assert page.locator("#evil").count() == 0 and '<b id="evil">' in page.inner_text("#generate-result")
     assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
     assert page.evaluate(NAMELESS) == []
+    page.get_by_role("tab", name="Tune").click()
+    page.wait_for_selector("#tune-run")
+    assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
+    assert page.evaluate(NAMELESS) == []

@@ -20,7 +20,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from dit_sparse.bridge import ForwardInfo
 from dit_sparse.grid import TokenGrid
-from dit_sparse.rebind import REASONS, Runtime, dress, sparse_class, undress
+from dit_sparse.rebind import REASONS, RING, Runtime, dress, sparse_class, undress
 from tests.bridge.sessions import Recorder
 
 
@@ -125,15 +125,16 @@ def test_flex_block_mask_stays_with_flex_attention() -> None:
     assert session.fallbacks == [(7, "flex-attention BlockMask")]
 
 
-def test_ring_parallelism_stays_with_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
-    ring = types.SimpleNamespace(context_parallel_config=types.SimpleNamespace(ring_degree=2, ulysses_degree=1))
+def test_ring_parallelism_combined_with_ulysses_stays_with_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
+    ring = types.SimpleNamespace(context_parallel_config=types.SimpleNamespace(
+        ring_degree=2, ulysses_degree=2, ring_anything=False, ulysses_anything=False))
     monkeypatch.setitem(_AttentionBackendRegistry._backends, AttentionBackendName.NATIVE,
                         lambda query, _parallel_config, **kw: query if _parallel_config is ring else None)
     processor, session = made(Dispatching)
     processor._parallel_config = ring
     q, k, v = qkv()
     assert processor(None, q, k, v) is q
-    assert session.fallbacks == [(7, "ring context parallelism (ring_degree > 1)")]
+    assert session.fallbacks == [(7, REASONS[RING])] and "combined with Ulysses" in REASONS[RING]
 
 
 @pytest.mark.parametrize("cls", [Dispatching, Direct])

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from dit_sparse.eval import step_models
 from dit_sparse.eval.peers import Peer
+from tests.eval.steps import kinds, small
 
 TINY = ["--tokens", "256", "--heads", "1", "--seconds", "0.01", "--device", "cpu"]
 
@@ -57,6 +59,28 @@ def test_ladder(dit_sparse, tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "made").iterdir()} == {"ladder.csv", "ladder.json", "ladder.png"}
     for word in ("PyTorch's CPU kernel", "Not measured: Hopper kernel (Gluon)", "Written: "):
         assert word in done.out.replace("\n", " "), done.out
+
+
+def test_generate(dit_sparse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setitem(step_models.GEOMETRIES, "tiny", small())
+    words = ["--model", "tiny", "--method", "radial", "--seconds", "0.01", "--device", "cpu", "--dense-steps", "0.2"]
+    done = dit_sparse("bench", "generate", *words, "--step-cache", "teacache", "--out", "made", "--json")
+    assert done.code == 0, done.err
+    rows = done.json["rows"]
+    assert {row["warmup"] for row in rows} == {"asked for", "radial's authors"}
+    assert [row["dense_steps"] for row in rows] == [50, 10, 10, 10, 50, 12, 12, 12]
+    assert [row["skipped_steps"] for row in rows] == [0, 0, 0, 25, 0, 0, 0, 25]
+    assert done.json["rate"]["title"] == "TeaCache" and any("not counted" in note for note in done.json["notes"])
+    assert {path.suffix for path in (tmp_path / "made").iterdir()} == {".csv", ".json", ".md", ".png"}
+
+
+def test_the_table_of_a_generation(dit_sparse, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dit_sparse.eval.generate_speed.measure", lambda *_words, **_options: kinds())
+    done = dit_sparse("bench", "generate", "--device", "cpu", "--model", "tiny")
+    for word in ("asked for", "svg's authors", "5 + 13 + 32 skipped", "Skip rate: MagCache", "60:04 to 21:40",
+                 "reached"):
+        assert word in " ".join(done.out.split()), done.out
 
 
 def test_a_step_that_never_ran_sparse_is_refused(dit_sparse, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,6 +136,12 @@ REFUSALS = {
     "no folder": (["ladder", "--out", __file__], "--out"),
     "no new folder": (["ladder", "--out", "/proc/none"], "--out /proc/none"),
     "two densities": (["ladder", "--density", "0.2", "--density", "0.3"], "takes one"),
+    "misplaced dense steps": (["step", "--dense-steps", "5"], "--dense-steps is not an option of bench step"),
+    "no published rate": (["generate", "--model", "flux-2048"], "wan-14b-720p, wan-1.3b-480p, tiny"),
+    "two methods": (["generate", "--method", "svg", "--method", "radial"], "takes one"),
+    "step cache": (["generate", "--step-cache", "pab", "--device", "cpu"], "magcache, teacache"),
+    "dense steps": (["generate", "--dense-steps", "many", "--device", "cpu"], "dense_steps='many'"),
+    "large generation": (["generate", "--model", "wan-14b-720p", "--device", "cpu"], "--model tiny"),
     "kernel elsewhere": (["step", "--backend", "triton", "--method", "svg", "--device", "cpu"], "triton"),
 }
 

@@ -48,7 +48,10 @@ KERNELS = {
     "soft": ("tests.gpu.soft_checks", "tests.gpu.soft_checks:costs"),
     "skip": ("tests.gpu.skip_checks", "tests.gpu.skip_checks:costs"),
     "methods": ("tests.gpu.method_checks", ""),
+    "composition": ("tests.gpu.composition_checks", ""),
+    "reuse": ("tests.gpu.reuse_checks", "tests.gpu.reuse_checks:speeds"),
     "linear8": ("tests.gpu.linear8_checks", "tests.gpu.linear8_checks:speeds"),
+    "tuning": ("tests.gpu.tuning_checks", "tests.gpu.tuning_checks:speeds"),
     "peers": ("", "tests.gpu.speeds:peers"),
 }
 STAGES = ("checks", "compile", "speeds", "random", "sanitizer")

@@ -105,7 +105,9 @@ def costs(log: Callable[[str], None]) -> None:
         row("means of the values", lambda y=layout: routing.pool(value, y))
         row("marks of the listed blocks", lambda b=blocks, c=columns: soft_kernel.listed_blocks(b, c))
         original = soft_kernel.tile_of
-        tiles = [(128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3)]
+        # (128, 32, 4, 2): 4 warps hold 128 rows, so that two programs fit on a processor.
+        tiles = [(128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3), (128, 32, 4, 2), (64, 64, 4, 2),
+                 (64, 64, 4, 3)]
         try:
             for sizes in [None, *(t for t in tiles if t[0] <= block)]:
                 soft_kernel.tile_of = original if sizes is None else lambda *_, s=sizes: Tile(*s)

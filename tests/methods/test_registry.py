@@ -27,7 +27,7 @@ def test_shipped_methods_are_found() -> None:
 def test_methods_describe_themselves(name: str) -> None:
     method = all_methods()[name]
     assert method.name == name and method.title and list(method.parts) == PARTS
-    assert (method.arxiv is None) == (name == "dense")
+    assert (method.arxiv is None) == (name in ("dense", "auto"))
     assert method() == build(name) and hash(method()) == hash(build(name))
     for field in dataclasses.fields(method):
         assert f"{field.name}" in (method.__doc__ or ""), f"{name}.{field.name} has no line in the docstring"

@@ -1,0 +1,104 @@
+"""What a job of the Tune tab computes: the checks of a request, and the preset. No Gradio here."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from ..commands.console import UserError, refusing
+from . import wanted
+from .job import Job
+from .models import HOST_NAMES, Shelf
+from .wanted import Wanted
+from .work import forget_run
+
+if TYPE_CHECKING:
+    from ..tuning.preset import TunedPreset
+
+METRICS = {"psnr": ">=", "ssim": ">=", "lpips": "<=", "speedup": ">="}
+MODES = ("quick", "standard", "thorough")
+MOST_PROMPTS = 8
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One checked request: sizes and seed are those of `clip`; without prompts those that come along are taken."""
+
+    clip: Wanted
+    target: str
+    prompts: tuple[str, ...] | None
+    mode: str
+    statistic: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came out: the preset, and the seconds that it took."""
+
+    asked: Asked
+    preset: TunedPreset
+    seconds: float
+
+
+def check(
+    shelf: Shelf, *, metric: Any, value: Any, mode: Any, statistic: Any, prompt: Any = "", **shape: Any
+) -> Asked:
+    """Check everything that can be known before the model runs.
+
+    Args:
+        shelf: the models of the page.
+        metric, value: the target; the metric is one of `METRICS`.
+        mode: of `MODES`.
+        statistic: "mean" or "min" over the clips.
+        prompt: one a line, or none.
+        shape: model, width, height, frames, steps, seed and guidance, as in `wanted.check`.
+
+    Raises:
+        UserError: one line that names what is allowed.
+    """
+    from ..pipelines.embedded import EXAMPLES
+    from ..tuning.targets import STATISTICS, Target
+
+    for name, given, allowed in (("metric", metric, METRICS), ("mode", mode, MODES),
+                                 ("statistic", statistic, STATISTICS)):
+        if given not in allowed:
+            raise UserError(f"{name}={str(given)[:40]!r} is not allowed; use one of {', '.join(allowed)}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise UserError(f"target={str(value)[:40]!r} is not allowed; use a number")
+    lines = [line for line in str(prompt or "").splitlines() if line.strip()]
+    if len(lines) > MOST_PROMPTS:
+        raise UserError(f"prompts: {len(lines)} are not allowed; use up to {MOST_PROMPTS}, one a line")
+    prompts = tuple(map(wanted.read_prompt, lines)) or None
+    with refusing():
+        target = str(Target.parse(f"{metric}{METRICS[metric]}{value:.6g}"))
+    clip = wanted.check(shelf, **shape, prompt=prompts[0] if prompts else EXAMPLES[0], mode="both")
+    return Asked(clip, target, prompts, mode, statistic)
+
+
+def run(shelf: Shelf, asked: Asked, job: Job) -> Outcome:
+    """Tune; the caller's thread holds the device.
+
+    Raises:
+        Cancelled: the job was stopped.
+        ValueError, MemoryError, ...: what the host or the tuner refuses.
+    """
+    from .. import disable, tune
+
+    pipe = shelf.open(asked.clip.model)
+    shape = asked.clip.shape.arguments()
+    call = {theirs: shape[ours] for ours, theirs in HOST_NAMES.items() if shape[ours] is not None}
+
+    def progress(fraction: float, text: str, left: float | None) -> None:
+        job.tell(phase=text, fraction=fraction, left=left)
+
+    start = time.monotonic()
+    disable(pipe)
+    try:
+        with job.watching(pipe):
+            preset = tune(pipe, asked.target, list(asked.prompts) if asked.prompts else None, asked.mode,
+                          statistic=asked.statistic, seed=asked.clip.seed, progress=progress, call=call)
+    finally:
+        disable(pipe)
+        forget_run(pipe)
+    return Outcome(asked, cast("TunedPreset", preset), time.monotonic() - start)  # `tune` makes no other kind

@@ -1,0 +1,106 @@
+"""Targets such as "psnr>=30", and how far two clips are apart in the measure of a target."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .link import mse_of, psnr_of
+
+__all__ = ["STATISTICS", "Target", "measure"]
+
+STATISTICS = ("mean", "min")
+_SIGNS = {"psnr": ">=", "ssim": ">=", "lpips": "<=", "speedup": ">="}
+_RANGES = {"psnr": (0.0, 1000.0), "ssim": (0.0, 1.0), "lpips": (0.0, 1.0), "speedup": (0.01, 1000.0)}
+MARGIN_DB, MARGIN = 0.5, 0.05  # above the target in the closed loop: of psnr, and as a share of the other measures
+CAP = 100.0  # dB, where two clips count as equal
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is asked for.
+
+    Args:
+        metric: "psnr" (dB), "ssim", "lpips" or "speedup".
+        value: to reach, or not to exceed for lpips.
+    """
+
+    metric: str
+    value: float
+
+    @classmethod
+    def parse(cls, text: str) -> Target:
+        """Read `psnr>=30`.
+
+        Raises:
+            ValueError: not such a text, or a value out of range; one line.
+        """
+        found = re.fullmatch(r"\s*([a-z]+)\s*(>=|<=)\s*([0-9.]+(?:e-?\d+)?)\s*", str(text))
+        if found is None or found[1] not in _SIGNS or found[2] != _SIGNS[found[1]]:
+            raise ValueError(f"target={text!r} is not allowed; write psnr>=30, ssim>=0.9, lpips<=0.1 or speedup>=1.5")
+        low, high = _RANGES[found[1]]
+        try:
+            value = float(found[3])
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise ValueError(f"target={text!r} is not allowed; use a number from {low:g} to {high:g}")
+        if found[1] == "lpips":
+            from ..eval.measures.reference import without_lpips
+
+            if reason := without_lpips():
+                raise ValueError(f"target={text!r} cannot be measured: {' '.join(reason.split())}")
+        return cls(found[1], value)
+
+    def __str__(self) -> str:
+        return f"{self.metric}{_SIGNS[self.metric]}{self.value:g}"
+
+    @property
+    def by_time(self) -> bool:
+        """Whether a speed is asked for, not a quality."""
+        return self.metric == "speedup"
+
+    def met(self, value: float) -> bool:
+        """Whether a value of the measure reaches the target."""
+        return value <= self.value if self.metric == "lpips" else value >= self.value
+
+    def decibel(self, value: float) -> float:
+        """The value as decibels of an error: of the mean squared error, of 1 - ssim, or of lpips."""
+        return psnr_of(self.distance(value))
+
+    def distance(self, value: float) -> float:
+        """The value as an error that is 0 between equal clips."""
+        return mse_of(value) if self.metric == "psnr" else 1 - value if self.metric == "ssim" else value
+
+    def wanted_db(self) -> float:
+        """What the closed loop aims at: the target and its margin, in decibels of the error."""
+        if self.metric == "psnr":
+            return self.value + MARGIN_DB
+        return psnr_of(self.distance(self.value) * (1 - MARGIN))
+
+    def statistic(self, values: Sequence[float], kind: str) -> float:
+        """Mean over the clips, or the worst of them."""
+        if kind == "mean":
+            return sum(values) / len(values)
+        return max(values) if self.metric == "lpips" else min(values)
+
+
+def measure(metric: str, reference: Tensor, clip: Tensor) -> float:
+    """One measure of a clip against its reference, both (F, 3, H, W) in [0, 1].
+
+    PSNR is of the whole clip and infinite for equal ones. SSIM and LPIPS are those of `dit_sparse.eval`, so that a
+    preset's numbers and the evaluation's are the same; imported here, because the library itself needs neither.
+    """
+    if metric == "psnr":
+        return psnr_of(float((reference.float() - clip.float()).square().mean(dtype=reference.float().dtype)))
+    if metric == "ssim":
+        from ..eval.fidelity import ssim
+
+        return ssim(reference, clip)
+    from ..eval.measures.reference import lpips
+
+    return float(lpips(reference, clip))

@@ -1,0 +1,64 @@
+"""From what a tuning run found to the preset that is saved."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+from typing import Any
+
+import torch
+
+from .headplan import HeadPlan
+from .preset import TunedPreset, model_identity
+from .run import argument
+
+__all__ = ["preset_of", "prompt_hash"]
+
+_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def prompt_hash(prompt: str) -> str:
+    """Eight digits that tell prompts apart without giving them away."""
+    return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+
+
+def preset_of(run: Any, plan: HeadPlan, evidence: list[dict[str, Any]], met: bool) -> TunedPreset:
+    """The preset of a finished `tune`.
+
+    Args:
+        run: the run: its pipe, call, target, problem and so on.
+        plan: what it chose.
+        evidence: of the held-out clips.
+        met: whether they reach the target.
+    """
+    from .. import __version__
+
+    grid, device = run.problem.probe.grid, run.pipe.device if hasattr(run.pipe, "device") else run.model.device
+    identity = model_identity(run.model)
+    identity["heads"] = identity["heads"] or plan.heads
+    scale = argument(run.pipe, run.call, "guidance_scale")
+    ceiling = run.ceiling_db
+    return TunedPreset(
+        model=identity, grid=grid.sizes, text=grid.text, steps=plan.steps,
+        scheduler=type(run.pipe.scheduler).__name__,
+        cfg=float(scale) if isinstance(scale, (int, float)) else None,
+        dtype=_DTYPES.get(run.model.dtype, str(run.model.dtype).removeprefix("torch.")),
+        gpu=_gpu(device), dense_kernel=_dense_kernel(device), target=str(run.target), statistic=run.statistic, met=met,
+        ceiling_db=None if ceiling is None else round(min(ceiling, 1e3), 2), buckets=plan.edges,
+        candidates=plan.candidates, choices=plan.choices, evidence=tuple(evidence), version=__version__,
+        date=datetime.date.today().isoformat())
+
+
+def _gpu(device: Any) -> str:
+    if torch.device(device).type != "cuda":
+        return str(torch.device(device).type)
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm{major}{minor}"
+
+
+def _dense_kernel(device: Any) -> str:
+    from ..kernels.dense import prefers_cudnn
+
+    if torch.device(device).type != "cuda":
+        return "pytorch"
+    return "cudnn" if prefers_cudnn(torch.empty(1, 1, 1, 64, device=device, dtype=torch.bfloat16)) else "pytorch"
