@@ -19,10 +19,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .runtime import find
+
 if TYPE_CHECKING:
     from .blockmask import BlockMask
 
-__all__ = ["EVERY", "HeadBalance", "all_gather", "spread_heads", "ulysses_degree"]
+__all__ = ["EVERY", "HeadBalance", "all_gather", "place_heads", "spread_heads", "ulysses_degree"]
 
 EVERY = 4  # sparse steps from one exchange of costs to the next
 
@@ -210,3 +212,28 @@ class HeadBalance:
         own, ours = (float(x.amax(-1).sum() / x.mean(-1).sum()) for x in self._loads)
         return [f"Ulysses parallelism: heads over {self.world} ranks by their cost; the busiest rank has {ours:.2f} of "
                 f"the mean work ({own:.2f} in the model's order)"]
+
+
+@torch.library.custom_op("dit_sparse::place_heads", mutates_args=())
+def place_heads(x: torch.Tensor, handle: torch.Tensor, back: bool) -> torch.Tensor:
+    """Move heads to the ranks that `HeadBalance` gives them, or back; an operator, so that compiled graphs hold it.
+
+    Args:
+        x: (B, S / world, H, D).
+        handle: see `runtime.find`.
+        back: into the model's own order.
+
+    Returns:
+        (B, S / world, H, D), fresh memory.
+    """
+    runtime, layer = find(handle)
+    balance = getattr(runtime.session, "balance", None) if runtime is not None else None
+    if runtime is None or balance is None:
+        return x.clone(memory_format=torch.contiguous_format)
+    moved: torch.Tensor = balance.place(layer, x, back, runtime.session.layers)
+    return moved
+
+
+@place_heads.register_fake
+def _(x: torch.Tensor, handle: torch.Tensor, back: bool) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

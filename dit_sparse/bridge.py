@@ -15,7 +15,8 @@ from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManag
 from .families import Family, family_of, reason_against
 from .grid import TokenGrid
 from .position import LiveScheduler, Position
-from .rebind import Runtime, SparseMixin, dress, sparse_class, undress
+from .rebind import SparseMixin, dress, sparse_class, undress
+from .runtime import Runtime
 
 __all__ = ["Binding", "ForwardInfo", "LayerInfo", "Session", "bind", "binding_of", "check_diffusers",
            "release", "transformers_of", "unwrap"]

@@ -103,15 +103,11 @@ class Memory:
 
     Attributes:
         peaks: the most bytes of every kind that `note` met since the owner last cleared it.
-        sources: kind -> a function that gives what someone else holds of that kind for this run (the states of a step
-            cache: "caches"); counted in `kinds`, never touched.
     """
 
     def __init__(self, *, offload: bool = False) -> None:
         self.offload = offload
-        self.peak_nbytes = 0
         self.peaks: dict[str, Held] = {}
-        self.sources: dict[str, Callable[[], Any]] = {}
         self._kept: dict[Hashable, _Entry] = {}
         self._static: dict[Hashable, Any] = {}
         self._used: set[Hashable] = set()
@@ -191,7 +187,6 @@ class Memory:
         self._static.clear()
         self._used.clear()
         self.peaks.clear()
-        self.peak_nbytes = 0
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -210,7 +205,6 @@ class Memory:
         """Bytes by kind; memory that several kinds share counts for the first, static parts before all others."""
         values = [(STATIC, value) for value in self._static.values()]
         values += [(entry.kind, entry.value) for entry in self._kept.values()]
-        values += [(kind, source()) for kind, source in self.sources.items()]
         found: dict[str, Held] = {}
         seen: set[tuple[torch.device, int]] = set()
         for kind, value in values:
@@ -226,7 +220,6 @@ class Memory:
 
     def note(self) -> None:
         """Take what is held now into the peaks: once a step, and before anything is forgotten."""
-        self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
         for kind, held in self.kinds().items():
             most = self.peaks.get(kind, Held())
             self.peaks[kind] = Held(max(most.device, held.device), max(most.cpu, held.cpu))

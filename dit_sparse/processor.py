@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import reuse as reuses
 from . import ring, stepcache
+from .families import family_of
 from .memory import totals as memories
-from .methods import all_methods, build
+from .methods import all_methods, build, family_options
 from .methods.base import Method
 from .report import Summary, summarize
 from .schedule import Schedule
@@ -100,7 +102,9 @@ class SparseProc:
     projections, norms and rotary embedding; only the attention in the middle is computed by a method's mask.
 
     Args:
-        method: name of a method (see `methods()`), a Method, or None for the default: `svg` at density 0.25.
+        method: name of a method (see `methods()`), a Method, or None for the default: `auto` with max_error 0.05, and
+            with the `dense_steps` and `dense_layers` of the model's family where neither is given. Where `auto` cannot
+            serve (Ulysses parallelism, reuse="complement"), `svg` at density 0.25 does, and the summary says so.
         options: the method's own options (`density`, ...) and the shared ones of `Settings` (`dense_steps`,
             `dense_layers`, `refresh`, `strict`, `step_cache`, ...).
         preset: a Preset, the name of one that comes along (`presets()`) or a JSON file; it names the method, and
@@ -111,7 +115,8 @@ class SparseProc:
     """
 
     is_sparse_proc = True
-    default_method = "svg"
+    default_method = "auto"
+    substitute = "svg"  # serves where the default method cannot
 
     def __init__(self, method: str | Method | None = None, *, preset: Any = None, **options: Any) -> None:
         self.preset = None
@@ -122,6 +127,9 @@ class SparseProc:
             method, options = self.preset.method_and_options(method, options)  # type: ignore[arg-type]
         shared = {name: options.pop(name) for name in SETTINGS if name in options}
         self.settings = Settings(**shared)
+        self.by_default = method is None
+        self.given = frozenset([*options, *shared])
+        self.note = ""  # for the summary: why another method than the default serves
         if isinstance(method, Method):
             self.method = _replaced(method, options)
         elif method is None or isinstance(method, str):
@@ -131,7 +139,38 @@ class SparseProc:
         else:
             raise ValueError(f"method={method!r} is not allowed; use a name: {', '.join(sorted(all_methods()))}")
         if reason := reuses.reason_against(self.method, self.settings.reuse):
+            self._substitute(reason)
+
+    def fitted(self, family: str, parallel: Any = None) -> SparseProc:
+        """As it runs on a model: what was named stays, the default adapts.
+
+        Args:
+            family: name of the model's family; empty: not known.
+            parallel: the model's ParallelConfig of Diffusers, or None.
+
+        Raises:
+            ValueError: the method cannot run under this parallelism.
+        """
+        found = copy.copy(self)
+        if against := ring.against(self.method, parallel, self.settings.step_cache):
+            found._substitute(against)
+            if against := ring.against(found.method, parallel, self.settings.step_cache):
+                raise ValueError(against)
+        schedule = {"dense_steps", "dense_layers"}
+        if self.by_default and found.method.name == self.default_method and not schedule & self.given:
+            usual = family_options(found.method.name, family)
+            found.settings = dataclasses.replace(
+                self.settings, **{name: usual[name] for name in schedule & usual.keys()})
+        same = (found.method, found.settings) == (self.method, self.settings)
+        return self if same else found
+
+    def _substitute(self, reason: str) -> None:
+        """Take the substitute where the default method cannot serve; what the user chose is refused with the reason."""
+        if not self.by_default or self.given - {*SETTINGS, "density"}:
             raise ValueError(reason)
+        density = getattr(self.method, "density", None)
+        self.method = build(self.substitute, **({} if density is None else {"density": density}))
+        self.note = f"{self.substitute} in the place of the default method, {reason}"
 
     def __repr__(self) -> str:
         shared = [f"{n}={getattr(self.settings, n)!r}" for n in SETTINGS
@@ -211,11 +250,10 @@ def _enable_parts(parts: list[tuple[str, Any, Any]], proc: SparseProc) -> None:
 
     run = Run()
     for _, model, scheduler in parts:
-        against = ring.against(proc.method, getattr(model, "_parallel_config", None), proc.settings.step_cache)
-        if against:
-            raise ValueError(against)
+        family = family_of(bridge.unwrap(model))
+        fitted = proc.fitted(family.name if family else "", getattr(model, "_parallel_config", None))
         _disable_model(model)
-        session = RunSession(proc, run)
+        session = RunSession(fitted, run)
         binding = bridge.bind(model, session, scheduler=scheduler)
         session.layers = sum(layer.index >= 0 for layer in binding.layers)
         stepcache.switch_on(model, proc.settings.step_cache, session, binding.family.name, scheduler,

@@ -13,7 +13,6 @@ import functools
 import inspect
 import threading
 import types
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,10 +21,12 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
 
-from . import ring, ulysses
+from . import ulysses
+from .balance import place_heads
+from .ring import ring_attention
+from .runtime import SDPA, find, own_dense
 
 NAMES = frozenset({"dispatch_attention_fn", "scaled_dot_product_attention"})
-SDPA = "sdpa"  # the route of processors that call F.scaled_dot_product_attention themselves
 
 # Why a call of a bound layer stays on the model's own path; the operator below takes the place in this list.
 CAUSAL, GROUPED, DROPOUT, FLEX, RING, MODE, LENGTHS, RANK = range(8)
@@ -41,95 +42,16 @@ REASONS = (
 )
 
 
-class Runtime:
-    """What the operator needs to know about one bound transformer; looked up by number when it is executed.
-
-    Args:
-        session: receives the calls; see `bridge.Session`.
-        text_at: where the family keeps text tokens.
-        split_text: under Ulysses each rank holds a piece of the text and a piece of the image.
-    """
-
-    _all: weakref.WeakValueDictionary[int, Runtime] = weakref.WeakValueDictionary()
-    _next = 0
-
-    def __init__(self, session: Any, text_at: str, split_text: bool) -> None:
-        self.session, self.text_at, self.split_text = session, text_at, split_text
-        self.info: Any = None
-        self.rows: dict[int, int] = {}
-        self.id, Runtime._next = Runtime._next, Runtime._next + 1
-        Runtime._all[self.id] = self
-
-    def begin(self, info: Any) -> None:
-        """A forward begins."""
-        self.info, self.rows = info, {}
-        self.session.begin_forward(info)
-
-    def close(self) -> None:
-        """Forget the session: operators left in copies or compiled graphs compute dense from now on."""
-        Runtime._all.pop(self.id, None)
-
-    def refusal(self, length: int, world: int) -> str:
-        """Why a call with `length` query tokens cannot go to the session, or an empty text."""
-        grid = getattr(self.info, "grid", None)
-        if grid is None:
-            return getattr(self.info, "reason", "") or "attention called outside the transformer's forward"
-        if length < grid.video:
-            return f"{length} query tokens, fewer than the grid's {grid.video}"
-        if length > grid.video and self.text_at == "none":
-            return f"{length - grid.video} tokens beyond the grid's {grid.video} in a model without text tokens"
-        if world > 1 and length > grid.video and not self.split_text:
-            return "context parallelism with text tokens in an unknown order"
-        if world > 1 and length > grid.video and (length % world or grid.video % world):
-            return f"context parallelism over {world} ranks with unequal pieces"
-        return ""
-
-    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-               mask: torch.Tensor | None, scale: float, world: int) -> torch.Tensor:
-        """Hand one call to the session; (B, S, H, D) in the order of one process, text where the family has it."""
-        info, row = self.info, self.rows.get(layer, 0)
-        self.rows[layer] = row + 1
-        branch = info.branch
-        if row:  # a model that loops over its batch (Mochi): every row is a branch of its own
-            info.branch = f"{branch}/{row}"
-        try:
-            if world == 1 or query.shape[1] == info.grid.video:
-                return self.session.attention(layer, query, key, value, mask, scale)
-            order = ulysses.Order(query.shape[1], info.grid.video, world, self.text_at)
-            query, key, value = (order.to_one_process(x) for x in (query, key, value))
-            out = self.session.attention(layer, query, key, value, order.mask_to_one_process(mask), scale)
-            return order.to_ranks(out)
-        finally:
-            info.branch = branch
-
-
-def _find(handle: torch.Tensor) -> tuple[Runtime | None, int]:
-    number, layer = handle.tolist()[:2]
-    return Runtime._all.get(number), layer
-
-
-def _dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float,
-           backend: str) -> torch.Tensor:
-    """The model's own attention: its backend on the dispatch route, else scaled_dot_product_attention."""
-    if backend != SDPA:
-        from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
-
-        chosen = AttentionBackendName(backend) if backend else None
-        return dispatch_attention_fn(query, key, value, attn_mask=mask, scale=scale, backend=chosen)
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
-
-
 @torch.library.custom_op("dit_sparse::attention", mutates_args=())
 def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float,
                handle: torch.Tensor, backend: str, world: int) -> torch.Tensor:
-    runtime, layer = _find(handle)
+    runtime, layer = find(handle)
     reason = runtime.refusal(query.shape[1], world) if runtime else ""
     if runtime is None or reason:
         if runtime is not None:
             runtime.session.fallback(layer, reason)
         # Between ranks the gathered sequence is whole: any local backend will do.
-        out = _dense(query, key, value, mask, scale, SDPA if world > 1 else backend)
+        out = own_dense(query, key, value, mask, scale, SDPA if world > 1 else backend)
     else:
         out = runtime.attend(layer, query, key, value, mask, scale, world)
     # An operator must not return its arguments' memory.
@@ -154,40 +76,6 @@ def _(grad: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(grad)
 
 
-@torch.library.custom_op("dit_sparse::place_heads", mutates_args=())
-def _place_heads(x: torch.Tensor, handle: torch.Tensor, back: bool) -> torch.Tensor:
-    runtime, layer = _find(handle)
-    balance = getattr(runtime.session, "balance", None) if runtime is not None else None
-    if runtime is None or balance is None:
-        return x.clone(memory_format=torch.contiguous_format)
-    moved: torch.Tensor = balance.place(layer, x, back, runtime.session.layers)
-    return moved
-
-
-@_place_heads.register_fake
-def _(x: torch.Tensor, handle: torch.Tensor, back: bool) -> torch.Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("dit_sparse::ring_attention", mutates_args=())
-def _ring_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
-                    scale: float, handle: torch.Tensor) -> torch.Tensor:
-    runtime, layer = _find(handle)
-    if runtime is None:
-        raise RuntimeError("ring parallelism: sparse attention was disabled after compiling; compile the model again")
-
-    def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        return _dense(query, key, value, mask, scale, SDPA)
-
-    return ring.attend(runtime, layer, query, key, value, mask, scale, dense).contiguous()
-
-
-@_ring_attention.register_fake
-def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float,
-      handle: torch.Tensor) -> torch.Tensor:
-    return query.new_empty(*query.shape[:3], value.shape[3])
-
-
 def _refuse_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     # Raised by an operator, so that compiling a graph with gradients switched on still works.
     grad = _no_backward(grad)
@@ -200,7 +88,7 @@ torch.library.register_autograd("dit_sparse::attention", _refuse_backward)
 # `handle` counts as written: otherwise a compiler removes the operator, which returns nothing.
 @torch.library.custom_op("dit_sparse::left_dense", mutates_args=("handle",))
 def _left_dense(handle: torch.Tensor, code: int, key_length: int) -> None:
-    runtime, layer = _find(handle)
+    runtime, layer = find(handle)
     if runtime is None:
         return
     grid = getattr(runtime.info, "grid", None)
@@ -278,14 +166,14 @@ def core(dense: Callable[[], torch.Tensor], query: torch.Tensor, key: torch.Tens
         query, key, value = (x.to(dtype) for x in (query, key, value))
     scale = float(scale) if scale is not None else query.shape[-1] ** -0.5
     if ringed:
-        return _ring_attention(query, key, value, mask, scale, processor._handle)
+        return ring_attention(query, key, value, mask, scale, processor._handle)
     world = ranks.ulysses_degree if ranks is not None else 1
     if world == 1:
         return _attention(query, key, value, mask, scale, processor._handle, backend, 1)
     if not ranks.ulysses_anything and not query.shape[2] % world:
-        query, key, value = (_place_heads(x, processor._handle, False) for x in (query, key, value))
+        query, key, value = (place_heads(x, processor._handle, False) for x in (query, key, value))
         out = ulysses.exchange(_attention, query, key, value, mask, scale, processor._handle, backend, world, parallel)
-        return _place_heads(out, processor._handle, True)
+        return place_heads(out, processor._handle, True)
     return ulysses.exchange(_attention, query, key, value, mask, scale, processor._handle, backend, world, parallel)
 
 

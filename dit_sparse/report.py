@@ -90,7 +90,7 @@ class Summary:
         backends: kernels that ran, counted.
         operators: what the sparse calls computed for their masks, counted.
         memory_bytes: the most that cross-step memory held during the run.
-        memory: the same by kind ("masks", "LSE", "outputs", "statistics", "caches", "layouts and tables"): bytes on the
+        memory: the same by kind ("masks", "LSE", "outputs", "statistics", "layouts and tables"): bytes on the
             "device" of the activations and in "cpu" memory.
         coverage: attention layers left untouched, with the reason.
         step_cache: name of the step cache, empty without one.

@@ -21,12 +21,13 @@ from torch import Tensor
 
 from .balance import all_gather
 from .operators import Attend, Drop, Operator, Soft, ZeroHeads
+from .runtime import SDPA, find, own_dense
 
 if TYPE_CHECKING:
     from .blockmask import BlockMask
     from .methods.base import Call, Method
 
-__all__ = ["Share", "against", "attend", "share_of"]
+__all__ = ["Share", "against", "attend", "ring_attention", "share_of"]
 
 ROW_BY_ROW = (Drop, ZeroHeads, Soft)  # operators that compute a row of queries from its own list
 
@@ -107,9 +108,10 @@ def against(method: Method, parallel: Any, step_cache: Any = None) -> str:
     ranks = getattr(parallel, "context_parallel_config", None)
     if ranks is None:
         return ""
-    if step_cache == "first_block" or type(step_cache).__name__ == "FirstBlockCacheConfig":
-        return ("step_cache: first_block decides by the tokens of one rank, and ranks that decide differently wait for "
-                "each other for ever; use another cache under context parallelism")
+    from .stepcache.refusals import against_ranks
+
+    if reason := against_ranks(step_cache):
+        return reason
     if ranks.ring_degree > 1 and (ranks.ulysses_degree > 1 or ranks.ring_anything):
         return ("ring parallelism is sparse by itself and with pieces of equal length; leave ulysses_degree and "
                 "ring_anything out")
@@ -132,7 +134,7 @@ def attend(runtime: Any, layer: int, query: Tensor, key: Tensor, value: Tensor, 
     """One call between ranks; all of them make it, and exchange the same pieces whatever they decide.
 
     Args:
-        runtime: of the bound transformer, see `rebind.Runtime`.
+        runtime: of the bound transformer, see `runtime.Runtime`.
         layer: index of the layer.
         query, key, value: (B, L / world, H, D), this rank's tokens.
         mask: the model's, of this rank's keys or of all, or None.
@@ -163,3 +165,34 @@ def attend(runtime: Any, layer: int, query: Tensor, key: Tensor, value: Tensor, 
     finally:
         session.share = None
     return share.collect(rows)
+
+
+@torch.library.custom_op("dit_sparse::ring_attention", mutates_args=())
+def ring_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
+                    scale: float, handle: torch.Tensor) -> torch.Tensor:
+    """`attend` as an operator, so that compiled graphs hold it.
+
+    Args:
+        query, key, value, mask, scale: see `attend`.
+        handle: see `runtime.find`.
+
+    Returns:
+        (B, L / world, H, Dv).
+
+    Raises:
+        RuntimeError: the transformer was unbound since; ranks cannot go on alone.
+    """
+    runtime, layer = find(handle)
+    if runtime is None:
+        raise RuntimeError("ring parallelism: sparse attention was disabled after compiling; compile the model again")
+
+    def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        return own_dense(query, key, value, mask, scale, SDPA)
+
+    return attend(runtime, layer, query, key, value, mask, scale, dense).contiguous()
+
+
+@ring_attention.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float,
+      handle: torch.Tensor) -> torch.Tensor:
+    return query.new_empty(*query.shape[:3], value.shape[3])

@@ -313,7 +313,7 @@ class RunSession:
 
     def notes(self) -> list[str]:
         """Options that could have no effect in this run, and what the reader should know."""
-        notes = []
+        notes = [self.proc.note] if self.proc.note else []
         if self.settings.refresh > 1 and not self.method.scored:
             notes.append(f"refresh={self.settings.refresh} has no effect: {self.method.name} masks never change")
         length = (self.info.num_steps if self.info else None) or self.settings.num_steps

@@ -326,8 +326,8 @@ def _method(name: str, value: Any, folder: Path) -> MethodEntry:
     if not isinstance(options, Mapping):
         raise ValueError(f"{name}: options is {_kind(options)}; write keys and values")
     options = {key: tuple(item) if isinstance(item, list) else item for key, item in options.items()}
-    if options.get("step_cache") is not None:
-        raise ValueError(f"{name}: step_cache takes an object; use it from Python")
+    if not isinstance(options.get("step_cache"), str | None):
+        raise ValueError(f"{name}: step_cache takes a name or a file here; configurations are objects, for Python")
     try:
         SparseProc(method, **options)
     except (ValueError, TypeError) as error:

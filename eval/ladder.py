@@ -224,7 +224,7 @@ def draw(rows: Sequence[Measured], path: pathlib.Path, title: str, footer: str, 
     axes.invert_yaxis()
     axes.set_xlim(0, max(speeds) * 1.5)
     axes.set_xlabel(against)
-    axes.set_title(title, loc="left", fontsize=11)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)  # above long names of rungs too
     axes.spines[["top", "right"]].set_visible(False)
     figure.supxlabel(footer, fontsize=7.5, color="#555555", x=0.01, ha="left")
     figure.savefig(path, dpi=150)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -225,10 +226,30 @@ def test_wrong_configuration_raises_one_line_naming_what_is_allowed(options, wor
     assert "\n" not in text and all(word in text for word in words), text
 
 
-def test_default_is_svg_at_a_quarter():
+def test_default_is_auto_with_the_schedule_of_the_family():
     proc = SparseProc()
-    assert proc.method.name == "svg" and proc.method.density == 0.25
-    assert (proc.settings.dense_steps, proc.settings.dense_layers) == (0.2, 1)
+    assert proc.method.name == "auto" and (proc.method.max_error, proc.method.density) == (0.05, None)
+    assert SparseProc(density=0.3).method.density == 0.3
+    for family, dense_layers in (("wan", 1), ("cogvideox", 0), ("", 1)):
+        fitted = proc.fitted(family)
+        assert (fitted.settings.dense_steps, fitted.settings.dense_layers) == (0.2, dense_layers)
+        assert (fitted is proc) == (dense_layers == 1) and ("dense_layers=0" in repr(fitted)) == (dense_layers == 0)
+    for given in (SparseProc(dense_steps=2), SparseProc("auto"), SparseProc("svg")):
+        assert given.fitted("cogvideox") is given, "what the user says holds"
+
+
+def test_where_the_default_cannot_serve_svg_does_and_says_so():
+    ranks = SimpleNamespace(context_parallel_config=SimpleNamespace(ring_degree=1, ulysses_degree=2))
+    for proc in (SparseProc().fitted("cogvideox", ranks), SparseProc(reuse="complement")):
+        assert proc.method.name == "svg" and proc.method.density == 0.25
+        assert (proc.settings.dense_steps, proc.settings.dense_layers) == (0.2, 1)
+        assert proc.note.startswith("svg in the place of the default method") and proc.note in RunSession(proc).notes()
+    assert SparseProc(density=0.4).fitted("wan", ranks).method.density == 0.4
+    for proc in (SparseProc("auto"), SparseProc(max_error=0.1)):
+        with pytest.raises(ValueError, match="auto"):
+            proc.fitted("wan", ranks)
+    with pytest.raises(ValueError, match="complement"):
+        SparseProc("auto", reuse="complement")
 
 
 def test_methods_lists_name_paper_parts_and_options():

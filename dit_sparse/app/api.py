@@ -34,9 +34,9 @@ def endpoints(shelf: Shelf, sessions: Sessions) -> None:
                 "shared_options": {f.name: f.text for f in forms.shared_fields()}, "step_caches": [*forms.STEP_CACHES]}
 
     def generate(
-        prompt: str, method: str = "svg", options: dict | None = None, mode: str = "both", width: int | None = None,
-        height: int | None = None, frames: int | None = None, steps: int | None = None, seed: int = 0,
-        guidance: float | None = None, model: str | None = None, shared_options: dict | None = None,
+        prompt: str, method: str | None = None, options: dict | None = None, mode: str = "both",
+        width: int | None = None, height: int | None = None, frames: int | None = None, steps: int | None = None,
+        seed: int = 0, guidance: float | None = None, model: str | None = None, shared_options: dict | None = None,
         step_cache: str = "none", step_cache_value: float | None = None, request: gr.Request = None,  # type: ignore
     ) -> dict:
         """Make a clip dense, sparse or both; clips come as base64 of an mp4 (a PNG for one frame)."""
@@ -51,7 +51,7 @@ def endpoints(shelf: Shelf, sessions: Sessions) -> None:
         return outcome(_last(sessions, request, work))
 
     def inspect(
-        prompt: str, method_a: str = "svg", method_b: str = "rainfusion2", options_a: dict | None = None,
+        prompt: str, method_a: str = "auto", method_b: str = "rainfusion2", options_a: dict | None = None,
         options_b: dict | None = None, width: int | None = None, height: int | None = None, frames: int | None = None,
         steps: int = 8, seed: int = 0, guidance: float = 1.0, model: str | None = None,
         request: gr.Request = None,  # type: ignore

@@ -63,12 +63,11 @@ def shared_form(name: str) -> tuple[gr.JSON, gr.Dropdown, gr.Number]:
     caches = [("none", "none"), *((key, key) for key in forms.STEP_CACHES)]
     texts = "; ".join(f"{key}: {text}" for key, (_, text) in forms.STEP_CACHES.items())
     cache = gr.Dropdown(caches, value="none", label="step cache", info=texts, elem_id=f"{name}-cache")
-    number = gr.Number(None, label="threshold of the step cache", visible=False, step=0.01,
+    number = gr.Number(None, label="threshold of the step cache (empty: its own)", visible=False, step=0.01,
                        elem_id=f"{name}-threshold")
 
     def chosen(key: str) -> Any:
-        known = key in forms.STEP_CACHES
-        return gr.Number(value=forms.step_cache_default(key) if known else None, visible=known)
+        return gr.Number(value=None, visible=forms.STEP_CACHES.get(key, (False, ""))[0])
 
     cache.change(chosen, cache, number, queue=False, show_progress="hidden", api_visibility="private")
     return options, cache, number

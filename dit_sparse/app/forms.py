@@ -16,6 +16,7 @@ from ..commands.request import parse_options
 from ..methods import all_methods
 from ..methods.base import Method
 from ..processor import Settings
+from ..stepcache.names import FASTERCACHE, FIRST_BLOCK, MAGCACHE, PAB, TAYLORSEER, TEACACHE
 
 Kind = Literal["density", "choice", "yes or no", "whole number", "number", "text"]
 
@@ -23,10 +24,14 @@ Kind = Literal["density", "choice", "yes or no", "whole number", "number", "text
 SHARED = ("dense_steps", "dense_layers", "dense_last_steps", "refresh")
 LONGEST_TEXT = 120
 LARGEST = 65_536  # no option of any method needs more; numbers without bound could fill the memory
-# Step caches of Diffusers that need nothing but one number: name -> its argument, what it does.
+# Step caches: name -> whether it takes a threshold here, what it does.
 STEP_CACHES = {
-    "FirstBlockCache": ("threshold", "Skips a step whose first block changes less than this share."),
-    "SeaCache": ("threshold", "Skips steps until their filtered changes add up to this."),
+    FIRST_BLOCK: (True, "skips a step whose first block changes less than a threshold"),
+    TEACACHE: (True, "skips steps until their estimated changes add up to a threshold"),
+    MAGCACHE: (False, "skips steps by norms that were measured before"),
+    TAYLORSEER: (False, "predicts attention, and computes it at every fifth step"),
+    PAB: (False, "computes self-attention at every second step"),
+    FASTERCACHE: (False, "leaves out the unconditional half at some steps"),
 }
 
 
@@ -87,7 +92,11 @@ def read(fields: list[Field], given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def step_cache(name: str | None, value: float | None) -> Any:
-    """The Diffusers configuration of a step cache, or None for "none".
+    """The option `step_cache`: a name, a configuration with this threshold, or None for "none".
+
+    Args:
+        name: one of `STEP_CACHES`, or "none".
+        value: the threshold; None is the cache's own.
 
     Raises:
         UserError: an unknown name or a value that is not allowed.
@@ -96,19 +105,17 @@ def step_cache(name: str | None, value: float | None) -> Any:
         return None
     if name not in STEP_CACHES:
         raise UserError(f"step_cache={str(name)[:40]!r} is unknown; use none or one of {', '.join(STEP_CACHES)}")
-    from diffusers import hooks
-
-    config, argument = getattr(hooks, f"{name}Config"), STEP_CACHES[name][0]
     if value is None:
-        return config()
+        return name
+    if not STEP_CACHES[name][0]:
+        raise UserError(f"step cache: {name} takes no threshold; leave step_cache_value out")
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 100:
-        raise UserError(f"step cache: {argument}={value!r} is not allowed; use a number in (0, 100]")
-    return config(**{argument: float(value)})
+        raise UserError(f"step cache: threshold={value!r} is not allowed; use a number in (0, 100]")
+    from diffusers import FirstBlockCacheConfig
 
+    from ..stepcache import TeaCacheConfig
 
-def step_cache_default(name: str) -> float:
-    """What Diffusers takes when nothing is said."""
-    return float(getattr(step_cache(name, None), STEP_CACHES[name][0]))
+    return (FirstBlockCacheConfig if name == FIRST_BLOCK else TeaCacheConfig)(threshold=float(value))
 
 
 def _fields(cls: type) -> list[Field]:

@@ -31,10 +31,12 @@ trigger('click', {x: (e.clientX - box.left) / box.width, y: (e.clientY - box.top
 
 def inspect_tab(shelf: Shelf, sessions: Sessions) -> None:
     """Draw the tab and connect its events."""
+    from .. import SparseProc
+
     with gr.Row():
         with gr.Column(scale=4, min_width=300):
             shape = shape_form(shelf, "inspect", "Record a run", steps=8, guidance_scale=1.0)
-            first = method_form("Method A", "svg", "inspect-a")
+            first = method_form("Method A", SparseProc.default_method, "inspect-a")
             second = method_form("Method B", "rainfusion2", "inspect-b")
         with gr.Column(scale=7, min_width=300):
             state = gr.HTML(words.card(EMPTY, "ds-empty"), elem_id="inspect-state", label="Progress")

@@ -23,8 +23,8 @@ def outcome(found: Outcome) -> str:
     written = (json.dumps(preset.to_dict(), indent=1) + "\n").encode()
     link = (f'<div class="ds-tools"><a download="{FILE}" href="{address(written, "application/json")}">'
             "Download the preset</a></div>")
-    met = "met on the held-out clips" if preset.met else "NOT met on the held-out clips"
-    text = f"{preset.target} ({preset.statistic}): {met}"
+    met = "met" if preset.met else "NOT met"
+    text = f"{preset.target} ({preset.statistic}): {met} on {preset.judged_by}"
     kind = "" if preset.met else ' class="ds-missed"'
     return (f'<div class="ds" data-state="done"><div class="ds-card"><h3{kind}>{escape(text)}</h3>{numbers(found)}'
             f"{link}{pictures(preset)}{evidence(preset)}{plan(preset)}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import typer
 
 from . import settings
 from .console import UserError, print_json, print_pairs, refusing
-from .many import Clip, make_all, supervise, worker_of
+from .many import Clip, forget, make_all, supervise, worker_of
 from .request import (
     check_seed,
     check_writable,
@@ -81,6 +83,8 @@ def generate(
         enable(pipe, proc)
 
     asked = {"seed": seed, "model": model, "method": repr(proc), "fps": fps, **shape.arguments()}
+    if proc.preset is not None:  # a plan's name does not say what is in it
+        asked["preset"] = digest(proc.preset.to_dict())
     clips = [Clip(number, text, path, {"prompt": text, **asked})
              for number, (text, path) in enumerate(zip(prompts, paths, strict=True), start=1)]
 
@@ -101,6 +105,8 @@ def generate(
         raise typer.Exit(make_all(worker, clips, make, as_json))
     results = []
     for one in clips:
+        if many:
+            forget(one)
         results.append(make(one))
         if not as_json:
             print_summary(results[-1], first=one.number == 1)
@@ -119,6 +125,11 @@ def write_clip(path: Path, clip: Any, fps: int) -> list[Path]:
             write_video(path, clip, fps)
         write_image(sheet_path(path), contact_sheet(clip))
     return [path, sheet_path(path)]
+
+
+def digest(data: Any) -> str:
+    """A short name for plain data: the same for the same data in every process."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def describe(

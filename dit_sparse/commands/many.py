@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import json
 import os
 import signal
@@ -23,15 +24,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 
 from .console import UserError, print_json, warn
 
-__all__ = ["Clip", "Worker", "claimed", "finished", "make_all", "supervise", "worker_of"]
+__all__ = ["Clip", "Worker", "claimed", "finished", "forget", "make_all", "supervise", "worker_of"]
 
 CLAIMS = ".claims"  # folder in the output folder
+WORKER = "worker_"  # before the number of a process; names of clips have no underscore
 _lost: set[str] = set()  # clips whose process was killed in this start: left to the next one
 
 
@@ -116,6 +118,14 @@ def finished(clip: Clip) -> bool:
     return bool(whole and isinstance(record, dict) and record.get("asked") == json.loads(json.dumps(clip.asked)))
 
 
+def forget(clip: Clip) -> None:
+    """Remove the record of an older clip that is about to be replaced: it would say that the new one is as asked."""
+    with contextlib.suppress(OSError, ValueError):
+        record = json.loads(clip.record.read_text(encoding="utf-8"))
+        if isinstance(record, dict) and "asked" in record:
+            clip.record.unlink()
+
+
 def _write_record(clip: Clip, result: Mapping[str, Any]) -> None:
     from ..pipelines.video_io import finished_file
 
@@ -130,20 +140,37 @@ def claimed(folder: Path, name: str) -> Iterator[bool]:
     The lock is the system's, on an open file: it ends with the process. On a file system without locks everybody gets
     it, and a clip may be made twice; the files are the same.
     """
-    place = folder / CLAIMS
-    place.mkdir(parents=True, exist_ok=True)
-    with (place / f"{name}.lock").open("a+", encoding="utf-8") as file:
+    with _lock_file(folder / CLAIMS, name) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 yield False
                 return
-            warn(f"{folder} has no locks ({error.strerror}): processes may make the same clip")
-        file.truncate(0)
-        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
-        file.flush()
+            _warn_without_locks(folder, error.strerror)
+        _sign(file, done=False)
         yield True
+        _sign(file, done=True)
+
+
+def _lock_file(place: Path, name: str) -> TextIO:
+    for _ in range(100):  # another process, which found everything finished, may remove the folder in between
+        place.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            return (place / f"{name}.lock").open("a+", encoding="utf-8")
+    raise UserError(f"--output {place.parent}: the folder {place} is removed as soon as it is made")
+
+
+def _sign(file: TextIO, done: bool) -> None:
+    """Write down whose lock it is, and whether the work was ended."""
+    file.truncate(0)
+    file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "done": done}))
+    file.flush()
+
+
+@functools.cache
+def _warn_without_locks(folder: Path, reason: str) -> None:
+    warn(f"{folder} has no locks ({reason}): processes may make the same clip")
 
 
 def _held(folder: Path, prefix: str) -> bool:
@@ -157,13 +184,14 @@ def _held(folder: Path, prefix: str) -> bool:
     return False
 
 
-def _claims_of(folder: Path, pid: int) -> set[str]:
-    """Names of the clips that a process of this machine claimed last."""
-    found = set()
+def _claims_of(folder: Path, pid: int) -> dict[str, bool]:
+    """Names of the clips that a process of this machine claimed last -> whether it was done with them."""
+    found = {}
     for place in (folder / CLAIMS).glob("*.lock"):
         with contextlib.suppress(OSError, ValueError):
-            if json.loads(place.read_text(encoding="utf-8")) == {"host": socket.gethostname(), "pid": pid}:
-                found.add(place.stem)
+            claim = json.loads(place.read_text(encoding="utf-8"))
+            if (claim["host"], claim["pid"]) == (socket.gethostname(), pid) and not place.stem.startswith(WORKER):
+                found[place.stem] = bool(claim["done"])
     return found
 
 
@@ -187,7 +215,7 @@ def make_all(worker: Worker, clips: Sequence[Clip], make: Callable[[Clip], dict[
     kept = sum(finished(clip) for clip in clips)
     first = worker.rank * len(clips) // worker.world  # processes begin at different places
     order = [*clips[first:], *clips[:first]]
-    with claimed(folder, f"worker-{worker.rank}"):
+    with claimed(folder, f"{WORKER}{worker.rank}"):
         while True:
             before = len(made)
             for clip in order:
@@ -200,7 +228,7 @@ def make_all(worker: Worker, clips: Sequence[Clip], make: Callable[[Clip], dict[
     lost = [clip.path.name for clip in left if clip.path.stem in _lost]
     _say(worker, made, kept, left, lost, as_json)
     if not left:
-        _clean(folder)
+        _clean(folder, clips)
     return 1 if lost else 0
 
 
@@ -211,6 +239,7 @@ def _try(clip: Clip, make: Callable[[Clip], dict[str, Any]], worker: Worker, as_
     with claimed(clip.path.parent, clip.path.stem) as ours:
         if not ours or finished(clip):
             return []
+        forget(clip)
         result = make(clip)
         _write_record(clip, result)
     if not as_json:
@@ -234,11 +263,13 @@ def _say(worker: Worker, made: list[dict[str, Any]], kept: int, left: Sequence[C
     print(text, flush=True)
 
 
-def _clean(folder: Path) -> None:
-    """Everything is finished: the locks have done their work."""
+def _clean(folder: Path, clips: Sequence[Clip]) -> None:
+    """Everything is finished: the locks have done their work; those of another file's prompts are still at it."""
+    names = {clip.path.stem for clip in clips}
     with contextlib.suppress(OSError):
         for place in (folder / CLAIMS).glob("*.lock"):
-            place.unlink(missing_ok=True)
+            if place.stem in names or (place.stem.startswith(WORKER) and not _held(folder, place.stem)):
+                place.unlink(missing_ok=True)
         (folder / CLAIMS).rmdir()
 
 
@@ -264,16 +295,17 @@ def supervise(worker: Worker, folder: Path) -> None:
         code = _wait(child)
         if code >= 0:
             break
-        gone = _claims_of(folder, child) - {f"worker-{worker.rank}"} - _lost
+        claims = _claims_of(folder, child)
+        gone = [name for name, done in sorted(claims.items()) if not done]
         _lost.update(gone)
-        said = f"while it made {', '.join(sorted(gone))}" if gone else "before it made a clip"
+        said = f"while it made {', '.join(gone)}" if gone else "outside of a clip"
         warn(f"process {worker.rank} was ended by {signal.Signals(-code).name} {said}")
-        if not gone:
+        if not claims:  # it would end again
             code = 1
             break
     if code not in (0, 130):
         # A launcher ends all processes when one fails: let the others finish first.
-        while _held(folder, "worker-"):
+        while _held(folder, WORKER):
             time.sleep(1)
     raise typer.Exit(code)
 

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from ..stepcache.names import NAMES
+
 Prompt = Annotated[str | None, typer.Argument(help="What to show; left out, the model's first example.")]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps; the included model's own: 20.")]
@@ -15,14 +17,14 @@ Size = Annotated[
 ]
 Frames = Annotated[int | None, typer.Option(help="Frames of the clip; 1 makes an image.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale; 1: none; the included model's own: 3.")]
-MethodName = Annotated[str | None, typer.Option(help="See `dit-sparse methods`; else svg; `dense` is none.")]
-Density = Annotated[float | None, typer.Option(help="Share of the attention that is computed, in (0, 1]; svg: .25.")]
+MethodName = Annotated[str | None, typer.Option(help="See `dit-sparse methods`; else auto; `dense` is none.")]
+Density = Annotated[float | None, typer.Option(help="Share of the attention that is computed, in (0, 1]; auto: by its error bound.")]
 Options = Annotated[
     list[str] | None, typer.Option("--option", "-o", help="Option of the method, as name=value; may be repeated.")
 ]
 StepCache = Annotated[
     str | None,
-    typer.Option(help="first_block, taylorseer, magcache, teacache, pab, fastercache, or a file of `calibrate`."),
+    typer.Option(help=f"{', '.join(NAMES)}, or a file of `calibrate`."),
 ]
 PresetName = Annotated[str | None, typer.Option("--preset", help="Name of a preset, or a file that `tune` wrote.")]
 Model = Annotated[str, typer.Option(help="'embedded', a Diffusers folder, or a hub id.")]

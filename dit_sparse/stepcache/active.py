@@ -12,7 +12,7 @@ from diffusers.hooks.hooks import CacheContext, ModelHook, StateManager
 from ..blocklayout import storage_bytes
 from ..memory import tensors_of
 from .names import FASTERCACHE, MAGCACHE, PAB, name_of
-from .refusals import RESIDUAL
+from .refusals import RESIDUAL, against_ranks
 from .resolve import FittedMagCacheConfig, resolve
 from .teacache import TeaCacheConfig, apply_teacache, remove_teacache
 
@@ -87,6 +87,7 @@ class ActiveCache:
     def __init__(self, model: Any, config: Any, session: Any, scheduler: Any = None) -> None:
         self._model, self.config, self.name = weakref.ref(model), config, name_of(config)
         self._session, self._scheduler = session, scheduler
+        self._check_ranks(getattr(model, "_parallel_config", None))
         self.hooks = apply(model, config, self._where)
         managers = {id(x): x for hook in self.hooks for x in vars(hook).values() if isinstance(x, StateManager)}
         self._managers: list[StateManager] = list(managers.values())
@@ -103,6 +104,11 @@ class ActiveCache:
         info = self._session.info
         return info.step, info.num_steps or self._session.settings.num_steps or self.config.num_inference_steps
 
+    def _check_ranks(self, parallel: Any) -> None:
+        """Refuse what would make ranks wait for each other."""
+        if getattr(parallel, "context_parallel_config", None) and (reason := against_ranks(self.config)):
+            raise ValueError(reason)
+
     # -- around the run --------------------------------------------------------------------------------------------
 
     def begin(self, inputs: dict[str, Any]) -> None:
@@ -117,6 +123,7 @@ class ActiveCache:
         info = self._session.info
         if info is None:
             return
+        self._check_ranks(info.parallel)  # it may have been switched on since
         if info.new_run:
             self._reset()
             self.peak_nbytes, self._step = 0, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
@@ -44,7 +45,7 @@ def command(kind: str, model: Any) -> str:
     """The command that makes a model's own numbers."""
     path = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "").rstrip("/")
     name = path.removesuffix("/transformer") or "MODEL"
-    return f"dit-sparse calibrate {kind} --model {name} --output {kind}.json"
+    return f"dit-sparse calibrate {kind} --model {name} --prompts FILE --output {kind}.json"
 
 
 def find(kind: str, model: Any, named: str | None = None) -> Mapping[str, Any]:
@@ -121,9 +122,13 @@ def _read(path: Path) -> dict[str, Any]:
     return document
 
 
+def is_number(x: Any) -> bool:
+    """Whether x is a finite number."""
+    return isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x)
+
+
 def _check_numbers(values: Any, positive: bool) -> None:
-    known = isinstance(values, list) and values and all(
-        isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) for x in values)
+    known = isinstance(values, list) and values and all(map(is_number, values))
     if not known or (positive and min(values) <= 0):
         raise ValueError("its numbers are not finite" + (" and positive" if positive else ""))
 

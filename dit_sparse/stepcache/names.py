@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from os import PathLike, fspath
 from typing import Any
 
 FIRST_BLOCK, TAYLORSEER, MAGCACHE = "first_block", "taylorseer", "magcache"
 PAB, FASTERCACHE, TEACACHE = "pab", "fastercache", "teacache"
 NAMES = (FIRST_BLOCK, TAYLORSEER, MAGCACHE, PAB, FASTERCACHE, TEACACHE)
+SEACACHE = "SeaCache"  # of Diffusers, by its configuration only
 CALIBRATED = (MAGCACHE, TEACACHE)  # need numbers that were measured on the model
 
 CONFIGS = {
@@ -26,12 +28,18 @@ def name_of(config: Any) -> str:
     return found or type(config).__name__.removesuffix("Config")
 
 
+def as_text(step_cache: Any) -> Any:
+    """A path as text; anything else as it is."""
+    return str(fspath(step_cache)) if isinstance(step_cache, PathLike) else step_cache
+
+
 def check_name(step_cache: Any) -> None:
     """Refuse a text that names no step cache and no file of a calibration.
 
     Raises:
         ValueError: one line with what is allowed.
     """
+    step_cache = as_text(step_cache)
     if not isinstance(step_cache, str) or step_cache in NAMES or step_cache.endswith(".json"):
         return
     if step_cache.partition(":")[0] not in CALIBRATED or ":" not in step_cache:

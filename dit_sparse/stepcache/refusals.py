@@ -11,10 +11,11 @@ from typing import Any
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.utils.torch_utils import unwrap_module
 
-from .names import FASTERCACHE, FIRST_BLOCK, MAGCACHE, TAYLORSEER, TEACACHE
+from .names import FASTERCACHE, FIRST_BLOCK, MAGCACHE, SEACACHE, TAYLORSEER, TEACACHE, name_of
+from .signals import MODULATED
 from .teacache import blocks_of
 
-RESIDUAL = (FIRST_BLOCK, MAGCACHE, TEACACHE)  # put one sum in the place of the whole stack
+RESIDUAL = (FIRST_BLOCK, MAGCACHE, TEACACHE, SEACACHE)  # put one sum in the place of the whole stack
 BATCHED = ("cogvideox", "mochi", "allegro")  # conditional and unconditional half in one forward
 DISTILLED = ("hunyuan", "flux")  # guidance is an input of the model
 
@@ -45,12 +46,29 @@ def reason_against(name: str, config: Any, model: Any, family: str) -> str:
     return ""
 
 
+def against_ranks(step_cache: Any) -> str:
+    """Why ranks that share a sequence (context parallelism) cannot run a cache; empty when they can.
+
+    Args:
+        step_cache: a name, or a configuration, what `resolve` returned included.
+    """
+    name = step_cache if isinstance(step_cache, str) else name_of(step_cache)
+    if getattr(step_cache, "signal", None) == MODULATED:
+        name = f"{TEACACHE} with signal={MODULATED!r}"
+    elif name not in (FIRST_BLOCK, SEACACHE):
+        return ""
+    return (f"step_cache: {name} decides by the tokens of one rank, and ranks that decide differently wait for each "
+            "other for ever; use another cache under context parallelism")
+
+
 def _against_residual(name: str, model: Any, family: str) -> str:
     for part, text in BETWEEN_BLOCKS.items():
         if getattr(model, part, None) is not None:
             return f"{text} between the blocks would be added twice at a skipped step; use 'pab' or 'taylorseer'"
     if family == "motif":
         return "its decoder blocks hold the video twice, so that residuals of the stack do not fit; use 'taylorseer'"
+    if name == SEACACHE:
+        return ""  # it looks at the blocks itself
     blocks = blocks_of(model)
     if not blocks:
         return "it has no stack of transformer blocks that Diffusers' caches find"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,19 @@ from diffusers.utils.torch_utils import unwrap_module
 from . import coefficients
 from .clock import Clock
 from .defaults import defaults
-from .names import CALIBRATED, FASTERCACHE, FIRST_BLOCK, MAGCACHE, NAMES, PAB, TAYLORSEER, TEACACHE, check_name, name_of
+from .names import (
+    CALIBRATED,
+    FASTERCACHE,
+    FIRST_BLOCK,
+    MAGCACHE,
+    NAMES,
+    PAB,
+    TAYLORSEER,
+    TEACACHE,
+    as_text,
+    check_name,
+    name_of,
+)
 from .refusals import reason_against
 from .signals import default_signal
 from .teacache import TeaCacheConfig, blocks_of
@@ -111,6 +124,7 @@ def _against_run(name: str, config: Any, scheduler: Any, denoisers: int) -> str:
 
 def _open(step_cache: Any, family: str) -> Any:
     """The configuration with what does not depend on the model; a copy of the user's."""
+    step_cache = as_text(step_cache)
     if isinstance(step_cache, str):
         return _named(step_cache, family)
     known = tuple(getattr(hooks, name) for name in dir(hooks) if name.endswith("CacheConfig")) + _TIMED
@@ -150,19 +164,25 @@ def _teacache(config: TeaCacheConfig, model: Any) -> TeaCacheConfig:
     if config.calibrate:
         return dataclasses.replace(config, signal=config.signal or own, first_steps=config.first_steps or 1)
     numbers: Any = {}
-    if config.coefficients is None or isinstance(config.coefficients, str):
-        numbers = coefficients.find(TEACACHE, model, config.coefficients)
-    given: Any = config.coefficients if not numbers else numbers["coefficients"]
+    given: Any = as_text(config.coefficients)
+    if given is None or isinstance(given, str):
+        numbers = coefficients.find(TEACACHE, model, given)
+        given = numbers["coefficients"]
     if "config" in numbers:  # a calibration, not a published set
         numbers = {**defaults(TEACACHE, ""), **numbers}
     threshold = config.threshold if config.threshold is not None else numbers.get("threshold")
-    if threshold is None or isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or threshold < 0:
+    if not coefficients.is_number(threshold) or threshold < 0:
         raise ValueError(f"step_cache: TeaCacheConfig needs threshold, a number >= 0, for these coefficients; it is "
                          f"{threshold!r}")
+    given = tuple(given) if isinstance(given, Iterable) else (given,)
+    if not given or not all(map(coefficients.is_number, given)):
+        raise ValueError(f"step_cache: TeaCacheConfig coefficients={str(given)[:80]} is not allowed; use finite "
+                         "numbers, the name of a published set or a .json file")
     signal = config.signal or numbers.get("signal") or own
     first = config.first_steps if config.first_steps is not None else numbers.get("first_steps", 1)
-    for key, value in (("first_steps", first), ("last_steps", config.last_steps)):
+    length = 0 if config.num_inference_steps is None else config.num_inference_steps
+    for key, value in (("first_steps", first), ("last_steps", config.last_steps), ("num_inference_steps", length)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise ValueError(f"step_cache: TeaCacheConfig {key}={value!r} is not allowed; use a whole number >= 0")
-    return dataclasses.replace(config, coefficients=tuple(given or ()), threshold=float(threshold), signal=signal,
+    return dataclasses.replace(config, coefficients=tuple(map(float, given)), threshold=float(threshold), signal=signal,
                                first_steps=first)

@@ -22,6 +22,7 @@ from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManag
 from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor
 
+from .coefficients import is_number
 from .signals import EMBEDDING, signal_of
 
 HEAD_HOOK, BLOCK_HOOK, EMBEDDING_HOOK = "teacache_head_block", "teacache_block", "teacache_embedding"
@@ -116,7 +117,7 @@ class TeaCacheState(BaseState):
             return False
         assert config.threshold is not None and config.coefficients is not None  # `resolve` filled them in
         self.accumulated += polynomial(config.coefficients, float(relative_change(signal, before)))  # type: ignore
-        if self.accumulated >= config.threshold:
+        if not self.accumulated < config.threshold:  # also when it is no number: a signal of zeros, an overflow
             self.accumulated = 0.0
             return False
         return True
@@ -314,4 +315,4 @@ def remove_teacache(model: torch.nn.Module) -> None:
 
 
 def _numbers(values: Any) -> bool:
-    return isinstance(values, (list, tuple)) and len(values) > 0 and all(isinstance(x, (int, float)) for x in values)
+    return isinstance(values, (list, tuple)) and len(values) > 0 and all(map(is_number, values))

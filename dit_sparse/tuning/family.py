@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .preset import FOLDER, FORMAT, Preset
+from .preset import FOLDER, FORMAT, Preset, check_names, is_text
 
 __all__ = ["FamilyPreset", "family_presets"]
 
@@ -40,16 +40,12 @@ class FamilyPreset(Preset):
         from ..processor import SparseProc
 
         names = ("family", "method", "options", "evidence", "source")
-        for name in held:
-            if name not in names:
-                raise ValueError(f"{name} is unknown; the fields are {', '.join(names)}")
+        check_names(held, names)
         for name in names:
-            if name not in held:
-                raise ValueError(f"{name} is missing")
-            if name != "options" and not isinstance(held[name], str):
-                raise ValueError(f"{name}={str(held[name])[:60]!r} is not allowed; use a text")
+            if name != "options" and not is_text(held[name]):
+                raise ValueError(f"{name}={str(held[name])[:60]!r} is not allowed; use a text of one line")
         options = held["options"]
-        if not isinstance(options, dict) or "preset" in options:
+        if not isinstance(options, dict) or {"self", "method", "preset"} & set(options):
             raise ValueError(f"options={str(options)[:60]!r} is not allowed; use an object of options")
         options = {name: _tuples(value) for name, value in options.items()}
         SparseProc(held["method"], **options)

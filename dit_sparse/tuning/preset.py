@@ -6,7 +6,9 @@ import base64
 import binascii
 import copy
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -18,6 +20,7 @@ from ..choicefile import reason_of
 from ..modelid import config_hash
 from .candidates import Candidate
 from .headplan import HeadPlan
+from .targets import Target
 
 __all__ = ["FORMAT", "Preset", "TunedPreset", "attention_layers", "model_identity", "presets"]
 
@@ -40,15 +43,20 @@ class Preset:
         Raises:
             ValueError: no such preset, or a file that holds something else; one line that names the field.
         """
-        file = FOLDER / f"{source}.json"
-        if Path(source).suffix == ".json" or Path(source).is_file():
-            file = Path(source)
-        elif not _is_name(str(source)) or not file.is_file():
-            raise ValueError(f"preset={str(source)!r} is unknown; use a JSON file or one of {', '.join(presets())}")
+        if not isinstance(source, (str, PathLike)):
+            raise ValueError(f"preset={str(source)[:60]!r} is not allowed; use a Preset, a name or a JSON file")
         try:
+            file = FOLDER / f"{source}.json"
+            if Path(source).suffix == ".json" or Path(source).is_file():
+                file = Path(source)
+            elif not _is_name(str(source)) or not file.is_file():
+                raise LookupError
             held = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"preset={str(source)!r} cannot be read: {reason_of(error)}") from error
+        except LookupError:
+            raise ValueError(f"preset={str(source)!r} is unknown; use a JSON file or one of "
+                             f"{', '.join(presets())}") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise ValueError(f"preset={str(source)[:200]!r} cannot be read: {reason_of(error)}") from error
         try:
             return Preset.from_dict(held)
         except ValueError as error:
@@ -63,14 +71,14 @@ class Preset:
         """
         if not isinstance(held, dict):
             raise ValueError("it holds no JSON object")
-        if held.get("format") != FORMAT:
+        if type(held.get("format")) is not int or held["format"] != FORMAT:
             raise ValueError(f"format={held.get('format')!r} is not allowed; use {FORMAT}")
         from .family import FamilyPreset
 
         kinds: dict[str, type[TunedPreset] | type[FamilyPreset]] = {"tuned": TunedPreset, "family": FamilyPreset}
-        if held.get("kind") not in kinds:
+        if str(held.get("kind")) not in kinds:
             raise ValueError(f"kind={held.get('kind')!r} is not allowed; use one of {', '.join(kinds)}")
-        return kinds[held["kind"]].read({k: v for k, v in held.items() if k not in ("format", "kind")})
+        return kinds[str(held["kind"])].read({k: v for k, v in held.items() if k not in ("format", "kind")})
 
     @staticmethod
     def of(source: Preset | str | PathLike[str]) -> Preset:
@@ -115,6 +123,20 @@ class Preset:
         return proc
 
 
+def check_names(held: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Refuse fields that are unknown or missing.
+
+    Raises:
+        ValueError: one line that names the field.
+    """
+    for name in held:
+        if name not in names:
+            raise ValueError(f"{str(name)[:60]!r} is unknown; the fields are {', '.join(names)}")
+    for name in names:
+        if name not in held:
+            raise ValueError(f"{name} is missing")
+
+
 def _is_name(text: str) -> bool:
     return bool(text) and "/" not in text and "\\" not in text and text not in (".", "..")
 
@@ -153,13 +175,15 @@ class TunedPreset(Preset):
         scheduler, cfg, dtype, gpu, dense_kernel: what it was tuned with.
         target: such as "psnr>=28".
         statistic: "mean" or "min" over the clips.
-        met: whether the held-out clips reached the target.
+        met: whether the held-out clips and the loop's, taken together, reached the target.
         ceiling_db: PSNR that rounding alone leaves; None where it was not measured.
         buckets: first step of every bucket, and the number of steps.
         candidates: what heads may compute.
         choices: uint8 (buckets, layers, heads), indices into `candidates`.
         evidence: one entry for each verified clip.
         version, date: of the program, and of the day.
+        loop: of the loop's clips with this plan: "clips" (how many), "measure", "mean", "standard_error" (of the
+            mean) and "worst"; None where none was run with it.
     """
 
     model: dict[str, Any]
@@ -181,6 +205,7 @@ class TunedPreset(Preset):
     evidence: tuple[dict[str, Any], ...]
     version: str
     date: str
+    loop: dict[str, Any] | None = None
 
     kind: ClassVar[str] = "tuned"
 
@@ -194,16 +219,18 @@ class TunedPreset(Preset):
         """Tokens of a sequence."""
         return self.grid[0] * self.grid[1] * self.grid[2] + self.text
 
+    @property
+    def judged_by(self) -> str:
+        """The clips that `met` speaks of, in words."""
+        held = f"{len(self.evidence)} held-out clip{'s' * (len(self.evidence) != 1)}"
+        return held if self.loop is None else f"{held} and the loop's {self.loop['clips']}, taken together"
+
     @classmethod
     def read(cls, held: Mapping[str, Any]) -> TunedPreset:
         """From plain data, checked; see `Preset.from_dict`."""
         names = [*_FIELDS, "plan"]
-        for name in held:
-            if name not in names:
-                raise ValueError(f"{name} is unknown; the fields are {', '.join(names)}")
-        for name in names:
-            if name not in held:
-                raise ValueError(f"{name} is missing")
+        held = {**dict.fromkeys(_OPTIONAL), **held}
+        check_names(held, names)
         for name, (good, allowed) in _FIELDS.items():
             if not good(held[name]):
                 raise ValueError(f"{name}={str(held[name])[:60]!r} is not allowed; use {allowed}")
@@ -222,6 +249,8 @@ class TunedPreset(Preset):
         found: dict[str, Any] = {"format": FORMAT, "kind": self.kind}
         for name in _FIELDS:
             value = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
             found[name] = [c.to_dict() for c in value] if name == "candidates" else _plain(value)
         found["plan"] = base64.b64encode(self.choices.tobytes()).decode("ascii")
         return found
@@ -232,14 +261,16 @@ class TunedPreset(Preset):
         grid = "x".join(map(str, self.grid)) + (f" and {self.text} text" if self.text else "")
         ceiling = "not measured" if self.ceiling_db is None else f"{self.ceiling_db:.1f} dB"
         lines = [
-            f"target      {self.target} ({self.statistic}): {'met' if self.met else 'NOT met'} on held-out clips",
+            f"target      {self.target} ({self.statistic}): {'met' if self.met else 'NOT met'} on {self.judged_by}",
             f"model       {self.model['class']} {self.model['config_hash']}, {table.layers} layers of {table.heads}",
             f"size        {grid} tokens, {self.steps} steps, guidance {self.cfg}, {self.dtype} on {self.gpu}",
             f"ceiling     {ceiling}",
             f"density     {table.density():.3f}: " + ", ".join(
                 f"steps {table.edges[b]}-{table.edges[b + 1] - 1} {d:.2f}" for b, d in enumerate(table.densities())),
         ]
-        return "\n".join(lines + [f"clip        {_evidence_text(entry)}" for entry in self.evidence])
+        if self.loop is not None:
+            lines.append(f"loop        {_loop_text(self.loop)}")
+        return "\n".join(lines + [f"held out    {_evidence_text(entry)}" for entry in self.evidence])
 
     def check(self, target: Any) -> str:
         """See `Preset.check`. Size and steps are held against a run when it begins."""
@@ -315,21 +346,47 @@ def _evidence_text(entry: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def _loop_text(loop: Mapping[str, Any]) -> str:
+    digits = 2 if loop["measure"] == "psnr" else 4
+    mean, error, worst = (f"{loop[name]:.{digits}f}" for name in ("mean", "standard_error", "worst"))
+    if loop["clips"] == 1:
+        return f"1 clip: {loop['measure']} {mean}"
+    return f"{loop['clips']} clips: mean {loop['measure']} {mean} with a standard error of {error}, worst {worst}"
+
+
 def _whole(low: int) -> Callable[[Any], bool]:
-    return lambda x: type(x) is int and x >= low
+    return lambda x: type(x) is int and low <= x < 2**31
 
 
-def _text(x: Any) -> bool:
-    return isinstance(x, str) and 0 < len(x) <= 200
+def is_text(x: Any) -> bool:
+    """Whether it is a short text of one line that a terminal can show."""
+    return isinstance(x, str) and 0 < len(x) <= 200 and x.isprintable()
+
+
+def _number(x: Any) -> bool:
+    return type(x) in (int, float) and math.isfinite(x)
 
 
 def _number_or_none(x: Any) -> bool:
-    return x is None or (isinstance(x, (int, float)) and not isinstance(x, bool))
+    return x is None or _number(x)
+
+
+def _is_target(x: Any) -> bool:
+    with suppress(ValueError):
+        return isinstance(x, str) and bool(Target.read(x))
+    return False
 
 
 def _is_model(x: Any) -> bool:
-    return (isinstance(x, dict) and set(x) == {"class", "config_hash", "layers", "heads"} and _text(x["class"])
-            and _text(x["config_hash"]) and _whole(1)(x["layers"]) and _whole(1)(x["heads"]))
+    return (isinstance(x, dict) and set(x) == {"class", "config_hash", "layers", "heads"} and is_text(x["class"])
+            and is_text(x["config_hash"]) and _whole(1)(x["layers"]) and _whole(1)(x["heads"]))
+
+
+def _is_loop(x: Any) -> bool:
+    numbers = ("mean", "standard_error", "worst")
+    return x is None or (isinstance(x, dict) and set(x) == {"clips", "measure", *numbers} and _whole(1)(x["clips"])
+                         and x["measure"] in ("psnr", "ssim", "lpips")
+                         and all(_number(x[name]) for name in numbers))
 
 
 def _is_buckets(x: Any) -> bool:
@@ -338,9 +395,12 @@ def _is_buckets(x: Any) -> bool:
 
 
 def _is_evidence(x: Any) -> bool:
-    kinds = (type(None), str, int, float, bool, list)
+    def good(value: Any) -> bool:
+        return value is None or isinstance(value, bool) or _number(value) or is_text(value) or (
+            isinstance(value, list) and all(map(_number, value)))
+
     return isinstance(x, list) and all(
-        isinstance(entry, dict) and all(isinstance(value, kinds) for value in entry.values()) for entry in x)
+        isinstance(entry, dict) and all(map(is_text, entry)) and all(map(good, entry.values())) for entry in x)
 
 
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -348,18 +408,20 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "grid": (lambda x: isinstance(x, list) and len(x) == 3 and all(map(_whole(1), x)), "three whole numbers >= 1"),
     "text": (_whole(0), "a whole number >= 0"),
     "steps": (_whole(1), "a whole number >= 1"),
-    "scheduler": (_text, "a name"),
+    "scheduler": (is_text, "a name"),
     "cfg": (_number_or_none, "a number or null"),
-    "dtype": (_text, "a name"),
-    "gpu": (_text, "a name"),
-    "dense_kernel": (_text, "a name"),
-    "target": (_text, "such as psnr>=28"),
+    "dtype": (is_text, "a name"),
+    "gpu": (is_text, "a name"),
+    "dense_kernel": (is_text, "a name"),
+    "target": (_is_target, "such as psnr>=28"),
     "statistic": (lambda x: x in ("mean", "min"), "mean or min"),
     "met": (lambda x: isinstance(x, bool), "true or false"),
     "ceiling_db": (_number_or_none, "a number or null"),
     "buckets": (_is_buckets, "rising whole numbers from 0 to steps"),
     "candidates": (lambda x: isinstance(x, list) and 1 <= len(x) <= 256, "a list of 1 to 256 candidates"),
-    "evidence": (_is_evidence, "a list of objects"),
-    "version": (_text, "a text"),
-    "date": (_text, "a text"),
+    "evidence": (_is_evidence, "a list of objects of numbers and short texts"),
+    "version": (is_text, "a text"),
+    "date": (is_text, "a text"),
+    "loop": (_is_loop, "an object with clips, measure, mean, standard_error and worst, or leave it out"),
 }
+_OPTIONAL = ("loop",)

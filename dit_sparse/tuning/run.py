@@ -145,8 +145,9 @@ def as_found(pipe: Any) -> Iterator[None]:
     from ..session import RunSession
 
     parts = transformers_of(pipe)
-    bindings = [binding_of(model) for _, model, _ in parts]
-    procs = [b.session.proc for b in bindings if b is not None and isinstance(b.session, RunSession)]
+    bindings = [(model, binding_of(model)) for _, model, _ in parts]
+    procs = [(model, b.session.proc) for model, b in bindings if b is not None and isinstance(b.session, RunSession)]
+    whole = len(procs) == len(parts) and all(proc is procs[0][1] for _, proc in procs)
     scheduler, bar = getattr(pipe, "scheduler", None), getattr(pipe, "_progress_bar_config", None)
     random_state = torch.get_rng_state()
     disable(pipe)
@@ -168,5 +169,5 @@ def as_found(pipe: Any) -> Iterator[None]:
         elif hasattr(pipe, "_progress_bar_config"):
             del pipe._progress_bar_config
         torch.set_rng_state(random_state)
-        if procs:
-            enable(pipe, procs[0])
+        for target, proc in [(pipe, procs[0][1])] if whole else procs:
+            enable(target, proc)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from .. import __version__
 from ..bridge import transformers_of
 from ..methods.tuned import Tuned
+from ..modelid import config_hash
 from ..processor import SparseProc, disable, enable
 from .cost import DENSITIES, CostTable
 from .cost import measure as measure_costs
@@ -23,12 +26,12 @@ from .probe import Forward, Probe, ProbeResult, Streams, Watcher
 from .prompts import EMBEDDED, GENERAL
 from .run import Progress, Runner, Tracker, default_call
 from .solve import Problem, Solution, layer_groups
-from .store import Parts, Store
+from .store import Parts, Store, weights_digest
 from .targets import Target, measure
 
 __all__ = ["MODES", "ROUNDS", "Clips", "Mode", "Steps", "digest"]
 
-ROUNDS = 3  # of the closed loop
+ROUNDS = 4  # of the closed loop: three corrections, so that the last guess is run as well
 RATIO = (0.2, 5.0)  # what the teacher-forced check may change the weights by
 _MOST = 1e6  # stands for infinite in JSON
 
@@ -72,7 +75,9 @@ class Steps:
         self.model: Any = transformers_of(pipe)[0][1]
         self.call = {**defaults, **(call or {})}
         self.looped, self.held = _split(prompts, EMBEDDED if embedded else GENERAL, self.mode)
-        about = {"model": model_identity(self.model), "dtype": str(self.model.dtype), "mode": mode,
+        about = {"version": __version__, "model": model_identity(self.model), "dtype": str(self.model.dtype),
+                 "weights": "" if state is None else weights_digest(m for _, m, _ in transformers_of(pipe)),
+                 "scheduler": f"{type(pipe.scheduler).__name__} {config_hash(pipe.scheduler)}", "mode": mode,
                  "patterns": list(patterns), "seed": seed, "prompts": [self.looped, self.held],
                  "call": {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in self.call.items()}}
         self.store = Store(state, about)
@@ -90,8 +95,8 @@ class Steps:
         return first + ROUNDS * loop + self.planned_last()
 
     def planned_last(self) -> float:
-        """Of these, the generations of the verification."""
-        return 3 * len(self.held)
+        """Of these, the generations of the verification, which may run a second plan on all clips."""
+        return 3 * len(self.held) + len(self.looped)
 
     def seed_of(self, prompt: str) -> int:
         """Seed of a prompt's clip."""
@@ -132,17 +137,17 @@ class Steps:
 
     def _look(self, prompt: str, number: int) -> tuple[Tensor, float]:
         """A dense clip under the probe; what the oracle says is kept first, so that a clip never lacks it."""
-        streams = Streams(self.pipe)
-        probe = Probe(self.patterns, streams, seed=self.seed)
-        enable(self.pipe, probe, dense_steps=0, dense_layers=0, check="off", strict=True)
-        watcher = Watcher(self.pipe) if number == 0 else None
-        try:
+        with ExitStack() as left:
+            streams = Streams(self.pipe)
+            left.callback(streams.remove)
+            probe = Probe(self.patterns, streams, seed=self.seed)
+            watcher: Watcher | None = None
+            left.callback(disable, self.pipe)
+            enable(self.pipe, probe, dense_steps=0, dense_layers=0, check="off", strict=True)
+            if number == 0:
+                watcher = Watcher(self.pipe)
+                left.callback(watcher.remove)
             clip, seconds = self.runner.clip(prompt, self.seed_of(prompt))
-        finally:
-            streams.remove()
-            if watcher is not None:
-                watcher.remove()
-            disable(self.pipe)
         if watcher is not None:
             self.forwards = watcher.forwards
             for bucket, forward in watcher.forwards.items():
@@ -227,9 +232,10 @@ class Steps:
         A run that is dense before the bucket equals one restarted from the latents at its begin.
         """
 
+        start = self.problem.solve(limit=self.problem.start()).plan  # another table of times, another plan
+
         def make() -> Parts:
             problem, found = self.problem, self.problem.kappa.copy()
-            start = problem.solve(limit=problem.start()).plan
             for bucket in range(problem.forced, problem.buckets):
                 self.tracker.begin(f"weight of steps {problem.edges[bucket]} to {problem.edges[bucket + 1] - 1}")
                 choices = np.zeros_like(start.choices)
@@ -243,7 +249,7 @@ class Steps:
             found[problem.forced :] = free / free.max()
             return {"kappa": found.tolist()}, {}
 
-        self.problem.kappa = np.array(self.store.once("kappa", make)[0]["kappa"])
+        self.problem.kappa = np.array(self.store.once(f"kappa-{digest(start)}", make)[0]["kappa"])
 
     def velocity(self, plan: HeadPlan, forward: Forward) -> float:
         """Velocity error of a plan of one bucket, on a kept forward."""

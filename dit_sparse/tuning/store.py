@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Store"]
+__all__ = ["Store", "weights_digest"]
 
-FORMAT = "dit-sparse tuning state 1"
+FORMAT = "dit-sparse tuning state 2"
+SAMPLES = 64  # numbers of a parameter that its digest looks at
 
 Parts = tuple[dict[str, Any], dict[str, Tensor]]
 
@@ -46,7 +49,7 @@ class Store:
         for name in mine:
             if not isinstance(theirs, dict) or theirs.get(name) != mine[name]:
                 said = theirs.get(name) if isinstance(theirs, dict) else theirs
-                raise ValueError(f"state={str(folder)!r} belongs to another run: its {name} is {str(said)[:80]}, not "
+                raise ValueError(f"state={str(folder)!r} belongs to another run: {name}={str(said)[:80]}, not "
                                  f"{str(mine[name])[:80]}; use another folder")
 
     def __contains__(self, name: str) -> bool:
@@ -90,6 +93,23 @@ class Store:
 
             _write(file.with_suffix(".safetensors"), save(kept))
         _write(file, json.dumps({"data": dict(data), "tensors": bool(kept)}, indent=1).encode())
+
+
+def weights_digest(models: Iterable[nn.Module]) -> str:
+    """Sixteen digits that tell the weights of models apart: names, shapes and some numbers of every parameter.
+
+    Another fine-tuning or a loaded LoRA has other digits. Of parameters that are not in memory only the shape counts.
+    """
+    found = hashlib.sha256()
+    for model in models:
+        for name, weight in model.named_parameters():
+            found.update(f"{name} {tuple(weight.shape)}".encode())
+            if weight.device.type == "meta":
+                continue
+            with suppress(RuntimeError):  # a quantized tensor may have no such view
+                some = weight.detach().reshape(-1)[:: max(1, weight.numel() // SAMPLES)]
+                found.update(some.cpu().double().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def _write(file: Path, content: bytes) -> None:

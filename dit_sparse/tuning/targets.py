@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ _SIGNS = {"psnr": ">=", "ssim": ">=", "lpips": "<=", "speedup": ">="}
 _RANGES = {"psnr": (0.0, 1000.0), "ssim": (0.0, 1.0), "lpips": (0.0, 1.0), "speedup": (0.01, 1000.0)}
 MARGIN_DB, MARGIN = 0.5, 0.05  # above the target in the closed loop: of psnr, and as a share of the other measures
 CAP = 100.0  # dB, where two clips count as equal
+RESERVED = 3  # clips from which on a mean keeps its standard error in reserve: two say nothing of the spread
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,22 @@ class Target:
 
     @classmethod
     def parse(cls, text: str) -> Target:
-        """Read `psnr>=30`.
+        """Read `psnr>=30`, and see that it can be measured here.
+
+        Raises:
+            ValueError: not such a text, a value out of range, or a measure whose network is not here; one line.
+        """
+        found = cls.read(text)
+        if found.metric == "lpips":
+            from ..eval.measures.reference import without_lpips
+
+            if reason := without_lpips():
+                raise ValueError(f"target={text!r} cannot be measured: {' '.join(reason.split())}")
+        return found
+
+    @classmethod
+    def read(cls, text: str) -> Target:
+        """Read `psnr>=30`, as a preset of any machine names it.
 
         Raises:
             ValueError: not such a text, or a value out of range; one line.
@@ -49,11 +66,6 @@ class Target:
             value = math.nan
         if not low <= value <= high:
             raise ValueError(f"target={text!r} is not allowed; use a number from {low:g} to {high:g}")
-        if found[1] == "lpips":
-            from ..eval.measures.reference import without_lpips
-
-            if reason := without_lpips():
-                raise ValueError(f"target={text!r} cannot be measured: {' '.join(reason.split())}")
         return cls(found[1], value)
 
     def __str__(self) -> str:
@@ -87,6 +99,26 @@ class Target:
         if kind == "mean":
             return sum(values) / len(values)
         return max(values) if self.metric == "lpips" else min(values)
+
+    def standard_error(self, values: Sequence[float]) -> float:
+        """Standard error of the mean over clips, in the measure's own unit; PSNR capped at `CAP`, 0 of one clip."""
+        return _standard_error([min(value, CAP) for value in values])
+
+    def cautious_db(self, values: Sequence[float], kind: str) -> float:
+        """The statistic in decibels of the error, one standard error in reserve.
+
+        Clips differ by several dB, so that the mean over a few says little of the mean over others. From `RESERVED`
+        clips on the standard error of their decibels is taken off the mean. The worst of n clips has nothing taken
+        off: one more clip is worse than all of them in one case of n + 1.
+        """
+        found = self.decibel(self.statistic(values, kind))
+        if kind != "mean" or len(values) < RESERVED:
+            return found
+        return found - _standard_error([min(self.decibel(value), CAP) for value in values])
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def measure(metric: str, reference: Tensor, clip: Tensor) -> float:

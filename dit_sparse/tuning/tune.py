@@ -9,19 +9,21 @@ from typing import Any
 from ..session import SparseFallbackError, one_line
 from .candidates import patterns_of
 from .cost import CostTable
-from .link import alpha_of, next_error
+from .link import alpha_of, mse_of, next_error
 from .preset import Preset, TunedPreset
 from .run import Progress, as_found
 from .solve import Problem, Solution
 from .steps import MODES, ROUNDS, Clips, Steps, digest
 from .targets import CAP, STATISTICS, Target
-from .writing import preset_of, prompt_hash
+from .writing import Verified, preset_of, prompt_hash
 
 __all__ = ["tune"]
 
 ENOUGH = 0.3  # dB above what is aimed at: near enough
 GROWTHS = 40  # doublings of an error that leaves no room for anything sparse
 SPEED_SLACK = 0.97  # of the time that a missed speed asks for next
+
+Run = tuple[Solution, float, float]  # a plan that was run, dB above what is aimed at, and the error of its clips
 
 
 def tune(
@@ -59,7 +61,8 @@ def tune(
             a speed-up is that of the attention by this table.
 
     Returns:
-        The preset, with its evidence; `met` says whether the held-out clips reach the target.
+        The preset, with its evidence; `met` says whether the clips of the loop and the held-out
+        ones, taken together, reach the target.
 
     Raises:
         ValueError: an argument is not allowed, the target is above what rounding leaves, or the pipeline cannot be
@@ -99,12 +102,12 @@ class _Tuning(Steps):
         self.tracker.skip_to(self.planned() - self.planned_last() - ROUNDS * len(self.looped))
         best = self.loop_speed(clips) if self.target.by_time else self.loop(clips)
         self.tracker.skip_to(self.planned() - self.planned_last())
-        chosen, evidence, met = self.verify(best)
+        found = self.verify(best, clips)
         self.tracker.finish()
-        return preset_of(self, chosen.plan, evidence, met)
+        return preset_of(self, found)
 
-    def statistic_of(self, values: list[dict[str, Any]]) -> float:
-        """The target's measure over clips.
+    def measured(self, values: list[dict[str, Any]]) -> list[float]:
+        """The target's measure of each clip.
 
         Raises:
             ValueError: the clips are too small for it; one line.
@@ -112,33 +115,27 @@ class _Tuning(Steps):
         metric = self.target.metric
         if metric not in values[0]:
             raise ValueError(f"target={str(self.target)!r} cannot be measured on clips of this size; use psnr")
-        return self.target.statistic([v[metric] for v in values], self.statistic)
+        return [v[metric] for v in values]
 
     # -- the closed loop -------------------------------------------------------------------------------------------
 
     def loop(self, clips: Clips) -> Solution:
-        """Clips of the plan, their distance from the target, a corrected error; at most three rounds."""
+        """Clips of the plan, their distance from the target, a corrected error; every plan that may be taken is run."""
         aim, error = self.target.wanted_db(), self._sparse_at(max(self.problem.start(), 1e-9))
-        runs: list[tuple[Solution, float, float]] = []
+        runs: list[Run] = []
         for number in range(ROUNDS):
             solution = self.problem.solve(limit=error)
             if number == 0:
                 solution = self.teacher_forced(solution, error)
             if any(digest(solution.plan) == digest(other.plan) for other, _, _ in runs):
                 break
-            value = self.statistic_of(self.values(solution.plan, clips, self.looped, f"round {number + 1}"))
-            gap = self.target.decibel(value) - aim
-            runs.append((solution, gap, self.target.distance(value)))
-            if 0 <= gap <= ENOUGH:
+            values = self.measured(self.values(solution.plan, clips, self.looped, f"round {number + 1}"))
+            found = self.target.cautious_db(values, self.statistic)
+            runs.append((solution, found - aim, mse_of(found)))
+            if 0 <= found - aim <= ENOUGH:
                 break
             error = self._next(runs, error)
-        good = [(gap, solution) for solution, gap, _ in runs if gap >= 0]
-        if good:
-            gap, nearest = min(good, key=lambda x: (x[0], x[1].time))
-            if gap <= ENOUGH or len(good) == len(runs) or len(runs) < ROUNDS or nearest.plan.all_dense:
-                return min((solution for _, solution in good), key=lambda s: s.time)
-        # None came near: the next guess, which the held-out clips verify.
-        return self.problem.solve(limit=error)
+        return _best(runs, aim - self.target.decibel(self.target.value))
 
     def _sparse_at(self, error: float) -> float:
         """An error, as near to this one as can be, that leaves room for something sparse where there is any."""
@@ -148,7 +145,7 @@ class _Tuning(Steps):
             error *= 2
         return error
 
-    def _next(self, runs: list[tuple[Solution, float, float]], error: float) -> float:
+    def _next(self, runs: list[Run], error: float) -> float:
         """The predicted error to ask for next, by the link through what ran so far."""
         solution, _, distance = runs[-1]
         sparse = [(s.error, d) for s, _, d in runs if s.error > 0]
@@ -171,15 +168,15 @@ class _Tuning(Steps):
         # What is not attention stays as it is.
         share = min(1.0, 1e-3 * dense_ms * self._branches() * len(clips) / sum(seconds for _, seconds in clips))
         budget = dense_ms * max(0.0, 1 - (1 - 1 / asked) / max(share, 1e-6))
-        best = self.problem.solve(budget=budget)
+        runs: list[tuple[float, Solution]] = []
         for number in range(ROUNDS):
-            values = self.values(best.plan, clips, self.looped, f"round {number + 1}")
-            gained = self.speedup(best, values)
+            solution = self.problem.solve(budget=budget)
+            gained = self.speedup(solution, self.values(solution.plan, clips, self.looped, f"round {number + 1}"))
+            runs.append((gained, solution))
             if gained >= asked:
                 break
             budget *= SPEED_SLACK * gained / asked
-            best = self.problem.solve(budget=budget)
-        return best
+        return max(runs, key=lambda run: run[0])[1]
 
     def _branches(self) -> int:
         """Forwards of a step: two with guidance."""
@@ -188,12 +185,15 @@ class _Tuning(Steps):
 
     # -- verification ----------------------------------------------------------------------------------------------
 
-    def verify(self, solution: Solution) -> tuple[Solution, list[dict[str, Any]], bool]:
-        """The held-out clips; a miss is answered once, with a smaller error. What is saved says whether it is met."""
+    def verify(self, solution: Solution, clips: Clips) -> Verified:
+        """Held-out clips and those of the loop; a miss is answered once, with a smaller error, on all of them again."""
         dense = self.clips_of(self.held, "held-out dense")
         for attempt in (1, 2):
-            values = self.values(solution.plan, dense, self.held, "held-out", every=True)
-            met, miss = self._met(solution, values)
+            held = self.values(solution.plan, dense, self.held, "held-out", every=True)
+            # Of the round that chose the plan. A modelled speed runs no clips in the loop.
+            modelled = self.target.by_time and self.given_costs is not None
+            looped = [] if modelled else self.values(solution.plan, clips, self.looped, "the denser plan")
+            met, miss = self._met(solution, [*looped, *held])
             if met or attempt == 2 or self.target.by_time:
                 break
             # Of what is left after a miss of d dB, .3 dB in reserve.
@@ -201,13 +201,14 @@ class _Tuning(Steps):
             if digest(smaller.plan) == digest(solution.plan):
                 break
             solution = smaller
-        return solution, [self._evidence(solution, p, v) for p, v in zip(self.held, values, strict=True)], met
+        evidence = [self._evidence(solution, p, v) for p, v in zip(self.held, held, strict=True)]
+        return Verified(solution.plan, evidence, self._loop_evidence(looped), met)
 
     def _met(self, solution: Solution, values: list[dict[str, Any]]) -> tuple[bool, float]:
-        """Whether the held-out clips meet the target, and by how many dB they miss it."""
+        """Whether clips meet the target, and by how many dB they miss it."""
         if self.target.by_time:
             return self.target.met(self.speedup(solution, values)), 0.0
-        value = self.statistic_of(values)
+        value = self.target.statistic(self.measured(values), self.statistic)
         return self.target.met(value), self.target.decibel(self.target.value) - self.target.decibel(value)
 
     def speedup(self, solution: Solution, values: list[dict[str, Any]]) -> float:
@@ -227,3 +228,23 @@ class _Tuning(Steps):
         if self.given_costs is None:
             found["speedup"] = round(self.speedup(solution, [dict(value)]), 3)
         return found
+
+    def _loop_evidence(self, values: list[dict[str, Any]]) -> dict[str, Any] | None:
+        """What is saved of the loop's clips: how many, mean, its standard error, and the worst; None without any."""
+        if not values:
+            return None
+        target = Target("psnr", 0.0) if self.target.by_time else self.target
+        each = [min(value[target.metric], CAP) for value in values]
+        numbers = {"mean": target.statistic(each, "mean"), "standard_error": target.standard_error(each),
+                   "worst": target.statistic(each, "min")}
+        return {"clips": len(each), "measure": target.metric} | {name: round(x, 4) for name, x in numbers.items()}
+
+
+def _best(runs: list[Run], reserve: float) -> Solution:
+    """Of plans that were run the fastest sparse one that meets what is aimed at; else one that meets the target itself,
+    `reserve` dB less; else the one that comes nearest, or the dense one."""
+    for least in (0.0, -reserve):
+        good = [solution for solution, gap, _ in runs if gap >= least and not solution.plan.all_dense]
+        if good:
+            return min(good, key=lambda solution: solution.time)
+    return max(runs, key=lambda run: run[1])[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from .headplan import HeadPlan
 from .preset import TunedPreset, model_identity
 from .run import argument
 
-__all__ = ["preset_of", "prompt_hash"]
+__all__ = ["Verified", "preset_of", "prompt_hash"]
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -22,17 +23,33 @@ def prompt_hash(prompt: str) -> str:
     return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:8]
 
 
-def preset_of(run: Any, plan: HeadPlan, evidence: list[dict[str, Any]], met: bool) -> TunedPreset:
+@dataclass(frozen=True)
+class Verified:
+    """How a run ended.
+
+    Args:
+        plan: what it chose.
+        evidence: of the held-out clips.
+        loop: of the loop's clips, run with this plan too; None where it was not.
+        met: whether all these clips reach the target.
+    """
+
+    plan: HeadPlan
+    evidence: list[dict[str, Any]]
+    loop: dict[str, Any] | None
+    met: bool
+
+
+def preset_of(run: Any, found: Verified) -> TunedPreset:
     """The preset of a finished `tune`.
 
     Args:
         run: the run: its pipe, call, target, problem and so on.
-        plan: what it chose.
-        evidence: of the held-out clips.
-        met: whether they reach the target.
+        found: how it ended.
     """
     from .. import __version__
 
+    plan = found.plan
     grid, device = run.problem.probe.grid, run.pipe.device if hasattr(run.pipe, "device") else run.model.device
     identity = model_identity(run.model)
     identity["heads"] = identity["heads"] or plan.heads
@@ -43,10 +60,10 @@ def preset_of(run: Any, plan: HeadPlan, evidence: list[dict[str, Any]], met: boo
         scheduler=type(run.pipe.scheduler).__name__,
         cfg=float(scale) if isinstance(scale, (int, float)) else None,
         dtype=_DTYPES.get(run.model.dtype, str(run.model.dtype).removeprefix("torch.")),
-        gpu=_gpu(device), dense_kernel=_dense_kernel(device), target=str(run.target), statistic=run.statistic, met=met,
-        ceiling_db=None if ceiling is None else round(min(ceiling, 1e3), 2), buckets=plan.edges,
-        candidates=plan.candidates, choices=plan.choices, evidence=tuple(evidence), version=__version__,
-        date=datetime.date.today().isoformat())
+        gpu=_gpu(device), dense_kernel=_dense_kernel(device), target=str(run.target), statistic=run.statistic,
+        met=found.met, ceiling_db=None if ceiling is None else round(min(ceiling, 1e3), 2), buckets=plan.edges,
+        candidates=plan.candidates, choices=plan.choices, evidence=tuple(found.evidence), loop=found.loop,
+        version=__version__, date=datetime.date.today().isoformat())
 
 
 def _gpu(device: Any) -> str:

@@ -10,6 +10,7 @@ from dit_sparse.app import forms, wanted
 from dit_sparse.commands.console import UserError
 from dit_sparse.methods import all_methods
 from dit_sparse.methods.base import Method
+from dit_sparse.stepcache import NAMES
 
 from .conftest import PROMPT
 
@@ -80,9 +81,10 @@ def test_values_that_no_option_takes(given: dict[str, Any], words: str) -> None:
 
 def test_step_caches() -> None:
     assert forms.step_cache("none", 3) is None
-    assert forms.step_cache("FirstBlockCache", 0.2).threshold == 0.2
-    assert forms.step_cache_default("FirstBlockCache") == forms.step_cache("FirstBlockCache", None).threshold
-    for name, value in (("os.system", None), ("FirstBlockCache", -1)):
+    assert set(forms.STEP_CACHES) == set(NAMES) and all(forms.step_cache(name, None) == name for name in NAMES)
+    for name in ("first_block", "teacache"):
+        assert forms.step_cache(name, 0.2).threshold == 0.2
+    for name, value in (("os.system", None), ("first_block", -1), ("pab", 0.5)):
         with pytest.raises(UserError, match="step.cache"):
             forms.step_cache(name, value)
 
@@ -122,10 +124,10 @@ def test_memory_is_asked_before_it_is_spent(shelf: Any, monkeypatch: pytest.Monk
 
 def test_settings_are_all_that_was_asked(shelf: Any) -> None:
     asked = wanted.check(shelf, prompt=f" {PROMPT} ", width=64, height=96, frames=5, steps=4, seed=9, method="svg",
-                         options={"density": 0.4}, shared={"dense_steps": 0}, step_cache="SeaCache")
+                         options={"density": 0.4}, shared={"dense_steps": 0}, step_cache="pab")
     assert asked.settings["prompt"] == PROMPT and asked.settings["options"]["density"] == 0.4
     assert (asked.settings["width"], asked.settings["height"], asked.settings["seed"]) == (64, 96, 9)
-    assert asked.settings["shared"]["dense_steps"] == 0 and asked.settings["step_cache"] == "SeaCache"
-    assert type(asked.proc.settings.step_cache).__name__ == "SeaCacheConfig"
+    assert asked.settings["shared"]["dense_steps"] == 0 and asked.settings["step_cache"] == "pab"
+    assert asked.proc.settings.step_cache == "pab"
     assert any("256x256" in note for note in asked.notes)
     assert any("zebra" in note for note in wanted.check(shelf, prompt="a zebra").notes)

@@ -49,7 +49,7 @@ def test_both_clips_and_their_numbers(shelf: Any) -> None:
 
 def test_a_stop_takes_hold_within_a_step(shelf: Any) -> None:
     pipe = shelf.open("embedded")
-    asked = wanted.check(shelf, prompt=PROMPT, steps=50, mode="sparse", step_cache="FirstBlockCache")
+    asked = wanted.check(shelf, prompt=PROMPT, steps=50, mode="sparse", step_cache="first_block")
     before = {name: id(processor) for name, processor in pipe.transformer.attn_processors.items()}
     job = Job(shelf.lock)
     job.start(lambda job: make(shelf, asked, job))

@@ -34,11 +34,11 @@ def decoded(link: str) -> bytes:
 def test_compare(visit: Any, tmp_path: Path) -> None:
     page = visit(viewport={"width": 1280, "height": 900})
     page.click("#generate-options > button")
-    page.fill("#generate-svg-rows input", "17")
-    page.fill("#generate-svg-density input[type=number]", "0.4")
+    page.fill("#generate-auto-rows input", "17")
+    page.fill("#generate-auto-max_error input[type=number]", "0.4")
     text = generate(page, prompt=PROMPT, seed=7)
     for words in ("PSNR", "SSIM", "speed-up", "Density by layer and step", "No call fell back", "seed 7", "rows=17",
-                  "density=0.4"):
+                  "max_error=0.4"):
         assert words in text, words
     # Three clips that play, and as many heat cells as layers and steps.
     page.wait_for_function("() => [...document.querySelectorAll('#generate-result video')].length === 3 &&"
@@ -58,7 +58,7 @@ def test_compare(visit: Any, tmp_path: Path) -> None:
 
     assert read_video(clip).shape == (5, 3, 64, 64)
     settings = json.loads(decoded(links.nth(1).get_attribute("href")))
-    assert (settings["options"]["rows"], settings["options"]["density"], settings["steps"]) == (17, 0.4, 3)
+    assert (settings["options"]["rows"], settings["options"]["max_error"], settings["steps"]) == (17, 0.4, 3)
     assert not page.said
 
 
@@ -69,7 +69,7 @@ def test_another_method_has_its_own_options(visit: Any) -> None:
     page.click("#generate-method input")
     page.get_by_role("option", name="radial", exact=False).first.click()
     page.wait_for_selector("#generate-radial-decay", state="attached")
-    assert page.locator("#generate-svg-rows").count() == 0
+    assert page.locator("#generate-auto-rows").count() == 0
     page.click("#generate-mode label:has-text('Sparse only')")
     text = generate(page)
     assert "SparseProc('radial'" in text and "PSNR" not in text and "a large purple circle" in text
@@ -171,7 +171,7 @@ def test_inspect(visit: Any) -> None:
     page.click("#inspect-run")
     page.wait_for_selector("#inspect-query img")
     text = page.inner_text("#inspect-look")
-    for words in ("A: svg", "B: rainfusion2", "recall", "error", "Mass between frames", "layer 4 at step 2"):
+    for words in ("A: auto", "B: rainfusion2", "recall", "error", "Mass between frames", "layer 4 at step 2"):
         assert words in text, words
     assert page.locator("#inspect-look .ds-maps figure").count() == 2
     assert page.locator("#inspect-look svg rect.heat").count() == 3 * 3

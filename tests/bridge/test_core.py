@@ -20,7 +20,8 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from dit_sparse.bridge import ForwardInfo
 from dit_sparse.grid import TokenGrid
-from dit_sparse.rebind import REASONS, RING, Runtime, dress, sparse_class, undress
+from dit_sparse.rebind import REASONS, RING, dress, sparse_class, undress
+from dit_sparse.runtime import Runtime
 from tests.bridge.sessions import Recorder
 
 

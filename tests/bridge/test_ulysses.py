@@ -12,7 +12,7 @@ import torch
 
 from dit_sparse.bridge import ForwardInfo
 from dit_sparse.grid import TokenGrid
-from dit_sparse.rebind import Runtime
+from dit_sparse.runtime import Runtime
 from dit_sparse.ulysses import Order
 from tests.bridge.sessions import Recorder
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import signal
@@ -16,12 +18,12 @@ import pytest
 
 from dit_sparse.commands import many
 from dit_sparse.commands.console import UserError
-from dit_sparse.commands.many import CLAIMS, Clip, Worker, claimed, finished, make_all, worker_of
+from dit_sparse.commands.generate import digest
+from dit_sparse.commands.many import CLAIMS, Clip, Worker, claimed, finished, forget, make_all, worker_of
+from dit_sparse.commands.request import plan_outputs
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--size", "48x32", "--frames", "5", "--steps", "3", "--guidance", "1"]
-COMMAND = ["-m", "dit_sparse.cli", "generate", "--prompts", "prompts.txt", "--output", "clips", "--size", "128",
-           "--frames", "5", "--steps", "4", "--guidance", "1", "--method", "radial"]
 
 
 def clips_in(folder: Path, count: int, **asked: Any) -> list[Clip]:
@@ -112,6 +114,8 @@ def test_resume_leaves_finished_clips_alone(dit_sparse, tiny_folder: Path, tmp_p
     assert first.stat().st_mtime_ns == before and second.stat().st_size > 0
     assert {file.suffix for file in (tmp_path / "clips").iterdir()} == {".mp4", ".png", ".json"}
     assert "--prompts FILE" in dit_sparse("generate", "a red circle", "--resume").refusal()
+    assert dit_sparse("generate", *words[:-1 - len(SMALL)], *SMALL, "--seed", "0", "--no-resume").code == 0
+    assert not list((tmp_path / "clips").glob("*.json")), "a clip that was replaced has no record"
 
 
 def holders(folder: Path) -> dict[str, int]:
@@ -124,40 +128,188 @@ def holders(folder: Path) -> dict[str, int]:
     return found
 
 
-def wait_for(found: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
+def wait_for(found: Callable[[], Any], process: subprocess.Popen[str], log: Path) -> Any:
     """What `found` gives once it gives something, as long as the process runs."""
     while not (value := found()):
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, log.read_text()
         time.sleep(0.01)
     return value
 
 
-@pytest.mark.slow
-def test_killed_processes_lose_their_clips_and_a_restart_makes_them(tmp_path: Path) -> None:
+def end_all(folder: Path) -> None:
+    """Kill every other process that works in this folder: launchers start workers in sessions of their own."""
+    found = True
+    while found:
+        found = False
+        for place in Path("/proc").glob("[0-9]*/cwd"):
+            with contextlib.suppress(OSError):
+                if place.readlink() == folder and int(place.parent.name) != os.getpid():
+                    os.kill(int(place.parent.name), signal.SIGKILL)
+                    found = place.exists()
+        time.sleep(0.01)
+
+
+def test_killed_processes_lose_their_clips_and_a_restart_makes_them(
+    dit_sparse, tiny_folder: Path, tmp_path: Path
+) -> None:
     prompts = [f"a {colour} circle moving right" for colour in ("red", "blue", "green", "yellow")]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
     clips, log = tmp_path / "clips", tmp_path / "log.txt"
+    words = ["generate", "--prompts", "prompts.txt", "--output", "clips", "--model", str(tiny_folder), *SMALL,
+             "--steps", "60", "--method", "radial"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     with log.open("w") as said:
-        process = subprocess.Popen([*launch, *COMMAND], cwd=tmp_path, env=environment, text=True, stdout=said,
-                                   stderr=said, start_new_session=True)
+        process = subprocess.Popen([*launch, "-m", "dit_sparse.cli", *words], cwd=tmp_path, env=environment, text=True,
+                                   stdout=said, stderr=said)
         try:
-            lost, pid = next(iter(wait_for(lambda: holders(clips), process).items()))
+            lost, pid = next(iter(wait_for(lambda: holders(clips), process, log).items()))
             os.kill(pid, signal.SIGKILL)
             # One process is gone; the others go on, and the launcher does not stop them.
-            wait_for(lambda: list(clips.glob("*.json")), process)
+            wait_for(lambda: f"was ended by SIGKILL while it made {lost}" in log.read_text(), process, log)
+            wait_for(lambda: list(clips.glob("*.json")), process, log)
         finally:
-            os.killpg(process.pid, signal.SIGKILL)  # the machine goes down
+            end_all(tmp_path)  # the machine goes down
         process.wait()
-    assert f"was ended by SIGKILL while it made {lost}" in log.read_text()
     made = {file.stem: file.stat().st_mtime_ns for file in clips.glob("*.json")}
     assert 1 <= len(made) < 4
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    again = subprocess.run([*launch, *COMMAND], cwd=tmp_path, env=environment, timeout=150, text=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert again.returncode == 0, again.stdout
+    again = dit_sparse(*words, "--resume")
+    assert again.code == 0 and f"{len(made)} were finished" in again.out
     after = {file.stem: file.stat().st_mtime_ns for file in clips.glob("*.json")}
     assert len(after) == 4 and made.items() <= after.items(), "finished clips stay as they are"
     assert len(list(clips.glob("*.mp4"))) == 4 and not (clips / CLAIMS).exists()
+
+
+# -- killed at any stage -------------------------------------------------------------------------------------------
+
+WORK = """
+import contextlib, os, signal, sys, types
+from pathlib import Path
+
+import typer
+
+from dit_sparse.commands.many import Clip, Worker, make_all, supervise
+
+@contextlib.contextmanager
+def finished_file(path):
+    yield path
+
+# The real one would load PyTorch in every child.
+sys.modules["dit_sparse.pipelines.video_io"] = types.SimpleNamespace(finished_file=finished_file)
+sys.modules["dit_sparse.pipelines"] = types.ModuleType("dit_sparse.pipelines")
+folder, stages = Path(sys.argv[1]), sys.argv[2:]
+worker = Worker(0, 2, 0)
+
+def reached(stage):
+    died = folder / ("died at " + stage)
+    if stage in stages and not died.exists():
+        died.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def make(clip):
+    reached(f"start {clip.number}")
+    clip.path.write_bytes(b"clip")
+    reached(f"sheet {clip.number}")
+    clip.path.with_name(clip.path.stem + "-sheet.png").write_bytes(b"sheet")
+    reached(f"record {clip.number}")
+    return {"prompt": clip.prompt, "seconds": {"all": 1.0}, "density": 0.5}
+
+try:
+    supervise(worker, folder)
+    reached("load")
+    code = make_all(worker, [Clip(i, str(i), folder / f"{i:03d}.mp4") for i in range(1, 6)], make)
+except typer.Exit as end:
+    code = end.exit_code
+raise SystemExit(code)
+"""
+
+
+@pytest.mark.parametrize(("stages", "lost"), [
+    (["load"], []), (["start 1", "sheet 3", "record 4"], ["001", "003", "004"])])
+def test_a_process_killed_at_any_stage(stages: list[str], lost: list[str], tmp_path: Path) -> None:
+    """Its clip is reported and all others are made; the restart makes the rest, each once."""
+    command = [sys.executable, "-c", WORK, str(tmp_path), *stages]
+    first, second = (subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+                                    timeout=60) for _ in range(2))
+    assert first.returncode == 1 and first.stderr.count("was ended by SIGKILL") == len(stages), first.stderr
+    for name in lost:
+        assert f"while it made {name}\n" in first.stderr, "finished ones are not named"
+    if lost:
+        assert f"lost with their process: {', '.join(f'{name}.mp4' for name in lost)}: start" in first.stdout
+    else:
+        assert "outside of a clip" in first.stderr
+    assert second.returncode == 0 and f"made {len(lost) or 5} clips" in second.stdout and not second.stderr
+    assert len(list(tmp_path.glob("0*.json"))) == 5 and not (tmp_path / CLAIMS).exists()
+
+
+# -- what once went wrong ------------------------------------------------------------------------------------------
+
+
+def test_a_killed_clip_does_not_keep_the_record_of_the_one_that_it_replaces(tmp_path: Path) -> None:
+    old, new = clips_in(tmp_path, 1, steps=4), clips_in(tmp_path, 1, steps=8)
+    make_all(Worker(), old, write)
+
+    def killed(clip: Clip) -> dict[str, Any]:
+        write(clip)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_all(Worker(), new, killed)
+    assert not finished(old[0]) and not finished(new[0])
+
+
+def test_records_of_others_are_left_alone(tmp_path: Path) -> None:
+    clip, = clips_in(tmp_path, 1)
+    for text in ('{"mine": 1}', "[1]", "3", "not JSON"):
+        clip.record.write_text(text)
+        forget(clip)
+        assert clip.record.read_text() == text
+    clip.record.unlink()
+    forget(clip)
+
+
+def test_a_prompt_named_like_a_process_is_made(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("worker")
+    name, = plan_outputs(tmp_path / "clips", ["worker"], ".mp4", 0, into_folder=True)
+    clip = Clip(1, "worker", tmp_path / name.name)
+    assert make_all(Worker(), [clip], write) == 0 and finished(clip)
+
+
+def test_a_file_system_without_locks_is_named_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def none(file: Any, kind: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(many.fcntl, "flock", none)
+    assert make_all(Worker(), clips_in(tmp_path, 3), write) == 0
+    assert capsys.readouterr().err.count("has no locks (No locks available)") == 1
+
+
+def test_the_end_of_one_file_leaves_the_locks_of_another(tmp_path: Path) -> None:
+    mine, theirs = clips_in(tmp_path, 2), Clip(3, "prompt 3", tmp_path / "003.mp4")
+    with claimed(tmp_path, theirs.path.stem):
+        assert make_all(Worker(), mine, write) == 0
+        with claimed(tmp_path, theirs.path.stem) as free:
+            assert not free
+    assert make_all(Worker(), [*mine, theirs], write) == 0 and not (tmp_path / CLAIMS).exists()
+
+
+def test_a_folder_that_is_removed_in_between_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, times = Path.mkdir, []
+
+    def mkdir(self: Path, *args: Any, **kwargs: Any) -> None:
+        real(self, *args, **kwargs)
+        if self.name == CLAIMS and not times:
+            times.append(1)
+            self.rmdir()
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with claimed(tmp_path, "a") as ours:
+        assert ours and times
+
+
+def test_plans_of_one_shape_are_told_apart() -> None:
+    one, other = {"plan": "AAAA", "layers": 8}, {"layers": 8, "plan": "AAAB"}
+    assert digest(one) == digest(dict(reversed(one.items()))) != digest(other)

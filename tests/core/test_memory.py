@@ -50,7 +50,7 @@ def test_reset_forgets_the_run() -> None:
     memory.put("key", torch.zeros(4), step=0)
     memory.reset()
     assert memory.get("key", step=0, max_age=9) is None and memory.nbytes == 0
-    assert memory.peak_nbytes == 16
+    assert memory.peaks["statistics"].total == 16
 
 
 def test_static_values_are_built_once_and_stay_while_used() -> None:

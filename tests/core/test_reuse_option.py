@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -21,6 +23,7 @@ from dit_sparse.operators import Drop
 from dit_sparse.operators_reuse import ReuseComplement, ReuseHeads
 from dit_sparse.replay import record, replay
 from dit_sparse.report import Summary
+from dit_sparse.reuse import reason_against
 from dit_sparse.ring import Share
 from dit_sparse.session import RunSession
 from tests.test_processor import GRID, info, qkv
@@ -220,20 +223,18 @@ def test_what_methods_keep_is_counted_by_kind(pipe: Any, method: str, kinds: set
 
 
 def test_bytes_are_told_apart_by_kind_and_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A meta tensor stands in for one on a GPU; what others hold is asked for where it is counted."""
+    """A meta tensor stands in for one on a GPU."""
     monkeypatch.setattr(memories, "_to_host", lambda t: torch.zeros(t.shape, dtype=t.dtype))
-    memory, held = Memory(offload=True), [torch.zeros(5)]
-    memory.sources["caches"] = lambda: held
+    memory = Memory(offload=True)
     memory.static("table", lambda: torch.zeros(3, device="meta"))
     memory.put("a", torch.zeros(8, device="meta"), step=0, kind="outputs")
     memory.put("b", torch.zeros(8, device="meta"), step=0, kind="LSE")
-    assert memory.kinds() == {STATIC: Held(12, 0), "outputs": Held(0, 32), "LSE": Held(0, 32), "caches": Held(0, 20)}
+    assert memory.kinds() == {STATIC: Held(12, 0), "outputs": Held(0, 32), "LSE": Held(0, 32)}
     memory.note()
-    held.clear()
     memory.reset()
     assert memory.kinds() == {STATIC: Held(12, 0)}
     found = totals([memory, Memory()])
-    assert found["outputs"] == {"device": 0, "cpu": 32} and found["caches"] == {"device": 0, "cpu": 20}
+    assert found["outputs"] == {"device": 0, "cpu": 32}
     text = str(Summary("x", device="cuda:0", memory=found, memory_bytes=96))
     assert "outputs 0.0 MiB in CPU memory" in text and "layouts and tables 0.0 MiB" in text
 
@@ -255,3 +256,10 @@ def test_reuse_goes_with_a_step_cache(pipe: Any) -> None:
     run(pipe, "svg", 8, density=0.3, reuse="complement", step_cache=FirstBlockCacheConfig(threshold=0.9))
     report = summary(pipe)
     assert report.steps == 8 and report.calls < 8 * 2 * 2 and not report.fallbacks
+
+
+def test_the_document_names_the_methods_that_complement_does_not_fit() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "reuse.md").read_text()
+    sentence = text.split("It needs a method that drops")[1].split("account for the rest")[0]
+    refused = {name for name in all_methods() if reason_against(build(name), "complement")}
+    assert set(re.findall(r"`(\w+)`", sentence)) == refused

@@ -61,7 +61,8 @@ WRONG = {
     "attention": ({"attention": -1}, "attention is -1; use a whole number from 0 to 100"),
     "attention true": ({"attention": True}, "attention is True; write a whole number from 0 to 100"),
     "dino": ({"dino": "nowhere"}, "nowhere is no folder; name one with config.json and model.safetensors"),
-    "cache": ({"methods": [{"name": "svg", "options": {"step_cache": 1}}]}, "step_cache takes an object"),
+    "cache": ({"methods": [{"name": "svg", "options": {"step_cache": 1}}]}, "step_cache takes a name"),
+    "unknown cache": ({"methods": [{"name": "svg", "options": {"step_cache": "seven"}}]}, "use one of first_block"),
 }
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, MagCacheConfig, PyramidAttentionBroadcastConfig, WanPipeline
@@ -208,13 +210,47 @@ def test_a_cache_of_the_user_stays_and_is_counted(pipe: WanPipeline) -> None:
     ("no.json", "No such file"), (object(), "object"), (TeaCacheConfig(coefficients=(1.0,)), "threshold"),
     (TeaCacheConfig(coefficients=(1.0,), threshold=1.0, signal="sound"), "modulation or embedding"),
     (TeaCacheConfig(coefficients=(1.0,), threshold=1.0, first_steps=-1), "first_steps"),
-    ("teacache", "dit-sparse calibrate teacache"), ("magcache", "dit-sparse calibrate magcache"),
+    (TeaCacheConfig(coefficients=(float("nan"),), threshold=1.0), "use finite numbers"),
+    (TeaCacheConfig(coefficients=(), threshold=1.0), "use finite numbers"),
+    (TeaCacheConfig(coefficients=5, threshold=float("nan")), "threshold, a number >= 0"),
+    (TeaCacheConfig(coefficients=torch.ones(2), threshold=1.0), "use finite numbers"),
+    (TeaCacheConfig(coefficients=(1.0,), threshold=1.0, num_inference_steps="many"), "num_inference_steps"),
+    (TeaCacheConfig(coefficients=Path("no.json")), "No such file"), (Path("no.json"), "No such file"),
+    ("teacache", "dit-sparse calibrate teacache --model MODEL --prompts FILE"),
+    ("magcache", "dit-sparse calibrate magcache"),
 ])
 def test_what_is_wrong_is_refused_in_one_line(pipe: WanPipeline, wrong: Any, text: str) -> None:
     with pytest.raises(ValueError, match="step_cache") as error:
         enable(pipe, "radial", step_cache=wrong)
     assert text in str(error.value) and "\n" not in str(error.value)
     assert not pipe.transformer.is_cache_enabled
+
+
+def test_coefficients_of_numpy_are_numbers(pipe: WanPipeline) -> None:
+    enable(pipe, "radial", step_cache=TeaCacheConfig(coefficients=np.array([0.0, 0.1], np.float32), threshold=0.25))
+    assert active_of(pipe.transformer).config.coefficients == (0.0, pytest.approx(0.1))
+    disable(pipe)
+
+
+def test_a_signal_without_a_change_that_can_be_told_computes_the_step() -> None:
+    """A signal of zeros divides by nothing: no estimate stays below a threshold by being no number."""
+    from dit_sparse.stepcache.teacache import TeaCacheState
+
+    state, config = TeaCacheState(), TeaCacheConfig(coefficients=(1.0, 0.0), threshold=1.0)
+    for step in range(4):
+        assert not state.decide(config, step, 9, torch.zeros(1, 3))
+        state.residual = torch.zeros(1), None
+
+
+def test_seacache_is_refused_where_the_sum_of_the_stack_would_not_fit() -> None:
+    """Diffusers' SeaCache, by its configuration, puts one sum in the place of the stack too."""
+    from diffusers import SeaCacheConfig
+
+    from tests.stepcache.runs import ALL
+
+    pipe = Pipe(ALL["wan-vace"].build())
+    with pytest.raises(ValueError, match="added twice"):
+        enable(pipe, "radial", step_cache=SeaCacheConfig())
 
 
 def test_fastercache_needs_the_unconditional_half() -> None:

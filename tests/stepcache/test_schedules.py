@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import (
@@ -11,10 +14,12 @@ from diffusers import (
 )
 from diffusers.hooks.taylorseer_cache import TaylorSeerState
 
+from dit_sparse import enable
 from dit_sparse.stepcache import TeaCacheConfig, apply_teacache, coefficients, remove_teacache
 from dit_sparse.stepcache.resolve import FittedMagCacheConfig
 from dit_sparse.stepcache.teacache import TeaCacheState, polynomial
 from tests.bridge.hosts import HOSTS, call
+from tests.stepcache.runs import ALL, Pipe, deeper, two_branches
 
 PUBLISHED = {row["name"]: row["coefficients"] for row in coefficients.published("teacache")}
 
@@ -187,3 +192,21 @@ def test_first_block_cache_at_its_two_ends() -> None:
     tail = ends["first"][0] - heads[0]
     for got, head in zip(ends["last"][1:], heads[1:], strict=True):
         assert torch.equal(got, (head + tail).float())
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize(("name", "refused"), [("flux", True), ("cogvideox", False)])
+def test_a_decision_by_one_ranks_tokens_is_refused_between_ranks(name: str, refused: bool, later: bool) -> None:
+    """The others would wait for ever; the time embedding is the same on all ranks."""
+    given = deeper(ALL[name])
+    pipe = Pipe(given.build())
+    parallel = SimpleNamespace(context_parallel_config=SimpleNamespace(
+        ulysses_degree=1, ring_degree=1, ring_anything=False, ulysses_anything=False))
+    cache = TeaCacheConfig(coefficients=(0.0,), threshold=1.0)
+    with pytest.raises(ValueError, match="tokens of one rank") if refused else nullcontext():
+        if not later:
+            pipe.transformer._parallel_config = parallel
+        enable(pipe, "svg", step_cache=cache)
+        assert later or not refused, "refused when it is switched on"
+        pipe.transformer._parallel_config = parallel
+        pipe.run(two_branches(given), 2)

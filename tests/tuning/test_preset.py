@@ -101,8 +101,10 @@ def test_options_beside_a_preset(pipe: Any) -> None:
         SparseProc("svg", preset=preset_for(pipe))
 
 
+LOOP = {"clips": 3, "measure": "psnr", "mean": 31.25, "standard_error": 0.5, "worst": 30.0}
+
 WRONG = [
-    ("format", 2, "format=2"), ("kind", "other", "kind='other'"), ("speed", 1, "speed is unknown"),
+    ("format", 2, "format=2"), ("kind", "other", "kind='other'"), ("speed", 1, "'speed' is unknown"),
     ("grid", [3, 4], "grid="), ("text", -1, "text="), ("steps", 5, "buckets="), ("buckets", [0, 2, 1, 4], "buckets="),
     ("met", "yes", "met="), ("cfg", "3", "cfg="), ("statistic", "max", "statistic="), ("evidence", [1], "evidence="),
     ("candidates", [{"pattern": "dense"}, {"pattern": "blur", "order": "tile", "density": 0.2}, {"pattern": "dense"}],
@@ -110,7 +112,12 @@ WRONG = [
     ("candidates", [{"pattern": "dense"}], "plan holds 2"),
     ("candidates", [{"pattern": "soft", "order": "tile", "density": 7}] * 3, "density=7"),
     ("plan", "!!", "plan is no base64"), ("plan", base64.b64encode(b"12").decode(), "plan has 2 bytes"),
-    ("model", {"class": "X"}, "model="),
+    ("model", {"class": "X"}, "model="), ("format", True, "format=True"), ("kind", ["tuned"], "kind=['tuned']"),
+    ("cfg", float("nan"), "cfg='nan'"), ("ceiling_db", float("inf"), "ceiling_db='inf'"),
+    ("grid", [10**300, 1, 1], "grid="), ("target", "pretty", "target='pretty'"), ("dtype", "a\nb\x1b[31m", "dtype="),
+    ("evidence", [{"psnr": float("nan")}], "evidence="), ("evidence", [{"note": "a\nb"}], "evidence="),
+    ("evidence", [{"density": [{}]}], "evidence="), ("loop", {"clips": 3}, "loop="), ("loop", 3, "loop="),
+    ("loop", {**LOOP, "mean": float("nan")}, "loop="), ("loop", {**LOOP, "measure": "beauty"}, "loop="),
 ]
 
 
@@ -123,6 +130,39 @@ def test_what_is_wrong_is_named_in_one_line(pipe: Any, tmp_path: Path, name: str
     with pytest.raises(ValueError) as error:
         Preset.load(file)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_the_loop_found_is_kept_and_told(pipe: Any, tmp_path: Path) -> None:
+    assert "loop" not in preset_for(pipe).to_dict(), "older files have none"
+    preset = preset_for(pipe, loop=LOOP)
+    preset.save(tmp_path / "a.json")
+    assert Preset.load(tmp_path / "a.json").to_dict() == preset.to_dict()
+    told = preset.describe()
+    assert "met on 1 held-out clip and the loop's 3, taken together" in told
+    assert "3 clips: mean psnr 31.25 with a standard error of 0.50, worst 30.00" in told
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "1" * 5000, '{"format": ' + "1" * 5000 + "}", "\x00"])
+def test_a_file_that_is_no_preset_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "x.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match="cannot be read") as error:
+        Preset.load(file)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("source", [5, b"wan-svg", {}, "a" * 5000, "presets/../wan-svg"], ids=lambda x: str(x)[:20])
+def test_what_names_no_preset_is_refused(source: Any) -> None:
+    with pytest.raises(ValueError, match="preset="):
+        SparseProc(preset=source)
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("options", {"method": "sol"}), ("options", {"self": 1}), ("options", {"preset": "wan-sol"}), ("source", "a\nb"),
+    ("family", ""), ("method", ["svg"]), ("speed", 1)])
+def test_a_wrong_family_preset_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=name):
+        Preset.from_dict({**Preset.load("wan-svg").to_dict(), name: value})
 
 
 def test_missing_fields_and_files(pipe: Any, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from dit_sparse import Preset, SparseProc, disable, enable, tune
+from dit_sparse import Preset, SparseProc, disable, enable, summary, tune
 from dit_sparse.bridge import binding_of
 from dit_sparse.pipelines.hosts import call_host
 from dit_sparse.tuning.cost import CostTable
@@ -111,7 +111,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     made.clear()
     assert quick(pipe, "psnr>=30", state=tmp_path, **SHORT).to_dict() == want.to_dict()
     assert rest > 0 and not made, "all is known by now"
-    with pytest.raises(ValueError, match="belongs to another run: its seed is 0, not 7"):
+    with pytest.raises(ValueError, match="belongs to another run: seed=0, not 7"):
         quick(pipe, "psnr>=30", state=tmp_path, seed=7, **SHORT)
 
 
@@ -128,6 +128,31 @@ def test_a_failure_leaves_the_pipe_as_it_was(monkeypatch: pytest.MonkeyPatch) ->
     untouched = small()
     calls = [call_host(p, {"prompt": "a red circle", **SMALL}, seed=0) for p in (pipe, untouched)]
     assert torch.equal(*calls)
+
+
+@pytest.mark.parametrize("place", [
+    "dit_sparse.tuning.steps.enable", "dit_sparse.tuning.steps.Watcher", "dit_sparse.tuning.probe.probe_heads",
+    "dit_sparse.tuning.steps.measure_costs", "vae"])
+def test_an_interrupt_anywhere_leaves_the_pipe_as_it_was(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    pipe = small()
+    before = looks(pipe)
+    monkeypatch.setattr(*((pipe.vae, "decode", stop) if place == "vae" else (place, stop)))
+    with pytest.raises(KeyboardInterrupt):
+        quick(pipe, "psnr>=30", **{**SHORT, "costs": None})
+    assert looks(pipe) == before
+
+
+def test_a_state_is_of_these_weights_alone(tmp_path: Path) -> None:
+    call = {**SMALL, "num_inference_steps": 2, "guidance_scale": 1.0}
+    pipe = small()
+    quick(pipe, "psnr>=10", state=tmp_path, call=call)
+    with torch.no_grad():
+        pipe.transformer.blocks[1].ffn.net[2].weight.mul_(1.01)
+    with pytest.raises(ValueError, match="belongs to another run: weights="):
+        quick(pipe, "psnr>=10", state=tmp_path, call=call)
 
 
 def test_a_cache_that_is_on_is_refused() -> None:
@@ -193,6 +218,30 @@ def test_as_found_keeps_an_enabled_method_through_an_exception() -> None:
         assert binding_of(pipe.transformer) is None
         raise RuntimeError
     assert binding_of(pipe.transformer).session.proc is proc  # type: ignore[union-attr]
+
+
+def test_as_found_knows_which_of_two_denoisers_was_enabled() -> None:
+    from diffusers import WanPipeline
+
+    one, two = small(), small()
+    pipe = WanPipeline(one.tokenizer, one.text_encoder, one.vae, one.scheduler, one.transformer, two.transformer, 0.5)
+    enable(pipe.transformer, "svg", density=0.5)
+    with as_found(pipe):
+        assert binding_of(pipe.transformer) is None
+    assert [binding_of(m) is not None for m in (pipe.transformer, pipe.transformer_2)] == [True, False]
+
+
+def test_two_denoisers_share_a_plan() -> None:
+    from diffusers import WanPipeline
+
+    one, two = small(), small()
+    pipe = WanPipeline(one.tokenizer, one.text_encoder, one.vae, one.scheduler, one.transformer, two.transformer, 0.5)
+    pipe.set_progress_bar_config(disable=True)
+    call = {**SMALL, "num_inference_steps": 2, "guidance_scale": 1.0}
+    found = quick(pipe, "psnr>=20", call=call)
+    enable(pipe, preset=found)
+    pipe("a red circle", **call, output_type="latent")
+    assert summary(pipe).per_step.keys() == {0, 1} and not summary(pipe).fallbacks
 
 
 def test_buckets() -> None:
