@@ -18,7 +18,10 @@ Size = Annotated[
 Frames = Annotated[int | None, typer.Option(help="Frames of the clip; 1 makes an image.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale; 1: none; the included model's own: 3.")]
 MethodName = Annotated[str | None, typer.Option(help="See `dit-sparse methods`; else auto; `dense` is none.")]
-Density = Annotated[float | None, typer.Option(help="Share of the attention that is computed, in (0, 1]; auto: by its error bound.")]
+Density = Annotated[
+    float | None,
+    typer.Option(help="Share of the attention that is computed, in (0, 1]; auto: by its error bound."),
+]
 Options = Annotated[
     list[str] | None, typer.Option("--option", "-o", help="Option of the method, as name=value; may be repeated.")
 ]
