@@ -39,7 +39,9 @@ def compare_methods(
     """
     plan = _plan(quick, steps, guidance, batch, methods)
     check_device(device)
-    _prepare(out)
+    from ..eval.methods import MARK, RESULTS, TABLES
+
+    prepare(out, MARK, RESULTS, TABLES)
     words = ["dit-sparse", "eval", "methods", "--out", str(out), *(["--quick"] if quick else [])]
     given = {"steps": steps, "guidance": guidance, "batch": batch, "device": device}
     words += [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
@@ -103,18 +105,23 @@ def _plan(quick: bool, steps: int | None, guidance: float | None, batch: int | N
     return dataclasses.replace(QUICK if quick else Plan(), **changed)
 
 
-def _prepare(out: Path) -> None:
-    """The folder exists and takes files; tables that are somebody's own are not touched."""
-    from ..eval.methods import MARK, RESULTS, TABLES
+def prepare(out: Path, mark: str, results: str, tables: str) -> None:
+    """The folder exists and takes files; tables that are somebody's own are not touched.
+
+    Args:
+        out: of --out.
+        mark: first words of tables that the command made.
+        results, tables: names of its files.
+    """
     from ..eval.run import finished
 
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
-    file = out / TABLES
-    if file.exists() and not (file.is_file() and file.read_text(encoding="utf-8", errors="replace").startswith(MARK)):
-        raise UserError(f"--out {out}: {TABLES} was not made by this command; name another folder")
+    file = out / tables
+    if file.exists() and not (file.is_file() and file.read_text(encoding="utf-8", errors="replace").startswith(mark)):
+        raise UserError(f"--out {out}: {tables} was not made by this command; name another folder")
     with refusing(OSError, prefix=f"--out {out}: "):
         out.mkdir(parents=True, exist_ok=True)
     with refusing():
-        finished(out / RESULTS)
-    check_writable(out / TABLES, out / RESULTS, argument="--out")
+        finished(out / results)
+    check_writable(out / tables, out / results, argument="--out")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .console import UserError, print_json, print_pairs, print_table, progress, quiet_libraries, refusing
-from .request import check_writable
+from .methods_comparison import prepare
 from .run import check_device
 
 if TYPE_CHECKING:
@@ -36,7 +36,9 @@ def compare_tuned(
     from ..eval.tuned_work import QUICK, Plan
 
     check_device(device)
-    _prepare(out)
+    from ..eval.tuned import MARK, RESULTS, TABLES
+
+    prepare(out, MARK, RESULTS, TABLES)
     words = ["dit-sparse", "eval", "tune", "--out", str(out), *(["--quick"] if quick else [])]
     words += ["--device", device] if device else []
     _make(QUICK if quick else Plan(), out, shlex.join(words), quick, seconds, state, device, as_json)
@@ -96,20 +98,3 @@ def _make(
                      "missing": run.missing() or "nothing", "written": [str(file) for file in files]})
     if work is not None and work.dead:
         raise UserError("the GPU stopped answering; start the same command again, and it goes on behind that batch")
-
-
-def _prepare(out: Path) -> None:
-    """The folder exists and takes files; tables that are somebody's own are not touched."""
-    from ..eval.run import finished
-    from ..eval.tuned import MARK, RESULTS, TABLES
-
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; name a folder")
-    file = out / TABLES
-    if file.exists() and not (file.is_file() and file.read_text(encoding="utf-8", errors="replace").startswith(MARK)):
-        raise UserError(f"--out {out}: {TABLES} was not made by this command; name another folder")
-    with refusing(OSError, prefix=f"--out {out}: "):
-        out.mkdir(parents=True, exist_ok=True)
-    with refusing():
-        finished(out / RESULTS)
-    check_writable(out / TABLES, out / RESULTS, argument="--out")

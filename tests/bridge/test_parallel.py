@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +14,7 @@ from dit_sparse.blockmask import BlockLayout, BlockMask
 from dit_sparse.methods import build
 from dit_sparse.operators import SkipBlocks
 from dit_sparse.ring import Share, against
+from tests.bridge.workers import run_two
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,17 +26,7 @@ def config(ulysses: int = 1, ring: int = 1, **more: bool) -> SimpleNamespace:
 
 
 def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-m", "tests.bridge.parallel_worker"]
-    workers = [subprocess.Popen([*command, str(rank), str(tmp_path / "meet")], cwd=ROOT, env=environment, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in range(2)]
-    try:
-        outputs = [worker.communicate(timeout=200)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    for worker, output in zip(workers, outputs, strict=True):
-        assert worker.returncode == 0, output[-3000:]
+    for output in run_two("tests.bridge.parallel_worker", tmp_path, timeout=200):
         assert "ulysses: ok" in output and "ring: ok" in output
 
 

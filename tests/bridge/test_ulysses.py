@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,22 +12,13 @@ from dit_sparse.grid import TokenGrid
 from dit_sparse.runtime import Runtime
 from dit_sparse.ulysses import Order
 from tests.bridge.sessions import Recorder
+from tests.bridge.workers import run_two
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_two_processes_see_the_order_of_one(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-m", "tests.bridge.ulysses_worker"]
-    workers = [subprocess.Popen([*command, str(rank), str(tmp_path / "meet")], cwd=ROOT, env=environment, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in range(2)]
-    try:
-        outputs = [worker.communicate(timeout=150)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    for worker, output in zip(workers, outputs, strict=True):
-        assert worker.returncode == 0, output[-3000:]
+    for output in run_two("tests.bridge.ulysses_worker", tmp_path, timeout=150):
         assert [line for line in output.splitlines() if line.endswith("ok")] == ["wan-t2v: ok", "flux: ok", "qwen: ok"]
 
 
