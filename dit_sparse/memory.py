@@ -11,11 +11,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .blocklayout import storage_bytes
-
 Value = TypeVar("Value")
 
 STATIC = "layouts and tables"  # kind of the static parts, shared by layers, steps and runs
+COUNTERS = "counters"  # kind of a number that says what a call did, and belongs to no head
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
@@ -122,7 +121,7 @@ class Memory:
             value: anything; tensors are found in dataclasses, dicts, lists and tuples.
             step: the denoising step at which it was made.
             shape: what it was made for; `get` with another shape drops it.
-            kind: what the summary counts it as: "masks", "LSE", "outputs", "statistics".
+            kind: what the summary counts it as: "masks", "LSE", "outputs", "statistics", or `COUNTERS`.
         """
         homes: dict[int, torch.device] = {}
         if self.offload:
@@ -192,14 +191,18 @@ class Memory:
         return len(self._kept)
 
     def keys(self) -> list[Hashable]:
-        """What is kept at the moment, by its keys."""
-        return list(self._kept)
+        """What is kept at the moment, by its keys, without counters."""
+        return [key for key, entry in self._kept.items() if entry.kind != COUNTERS]
 
     @property
     def nbytes(self) -> int:
         """Bytes held, wherever they are, static parts included; memory shared by several values counts once."""
-        kept = [entry.value for entry in self._kept.values()]
-        return storage_bytes(t for value in (*kept, *self._static.values()) for t in tensors_of(value))
+        return sum(held.total for held in self.kinds().values())
+
+    @property
+    def device_nbytes(self) -> int:
+        """As nbytes, without what lies in CPU memory."""
+        return sum(held.device for held in self.kinds().values())
 
     def kinds(self) -> dict[str, Held]:
         """Bytes by kind; memory that several kinds share counts for the first, static parts before all others."""
@@ -223,13 +226,6 @@ class Memory:
         for kind, held in self.kinds().items():
             most = self.peaks.get(kind, Held())
             self.peaks[kind] = Held(max(most.device, held.device), max(most.cpu, held.cpu))
-
-    @property
-    def device_nbytes(self) -> int:
-        """As nbytes, without what lies in CPU memory."""
-        kept = [entry.value for entry in self._kept.values()]
-        found = (t for value in (*kept, *self._static.values()) for t in tensors_of(value))
-        return storage_bytes(t for t in found if t.device.type != "cpu")
 
 
 def totals(memories: Iterable[Memory]) -> dict[str, dict[str, int]]:

@@ -13,6 +13,7 @@ from .blockmask import BlockMask
 from .kernels.reference import merge_by_lse
 from .kernels.skip import skip_attention
 from .kernels.soft import merge_soft_blocks
+from .memory import COUNTERS
 from .scoring import head_chunks
 
 if TYPE_CHECKING:
@@ -114,7 +115,6 @@ class SkipBlocks(Operator):
     threshold: float | tuple[float, ...] = 0.0
     first: str = "own"
 
-    SHARE: ClassVar[str] = "skipped share"
     name: ClassVar[str] = "skip"
     title: ClassVar[str] = "blocks far below the running maximum left out; they count half"
 
@@ -142,11 +142,11 @@ class SkipBlocks(Operator):
     def note(call: Call, mask: BlockMask, left_out: Tensor) -> None:
         """Keep the share of all pairs that was left out; left_out is bool (B, H, nq, width)."""
         pairs = torch.where(left_out, mask.entry_pairs(), 0).sum((-2, -1)).to(torch.float32).mean()
-        call.state.keep(SkipBlocks.SHARE, pairs / (mask.query.tokens * mask.key.tokens))
+        call.state.keep("skipped share", pairs / (mask.query.tokens * mask.key.tokens), kind=COUNTERS)
 
     def computed(self, call: Call, mask: BlockMask) -> float | Tensor:
         """See `Operator.computed`: of a pair that was left out one of two matrix products was computed."""
-        share = call.state.recall(self.SHARE, max_age=1)
+        share = call.state.recall("skipped share", max_age=1)
         return self.density(mask) if share is None else self.density(mask) - share / 2
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from .blockmask import BlockLayout, BlockMask
-from .grid import TokenGrid
+from .blockmask import BlockMask
 from .operators import Attend, Drop, Operator, merge_parts, scale_and_add
+from .selection import blocks_holding
 
 if TYPE_CHECKING:
     from .methods.base import Call
@@ -62,7 +62,22 @@ def output_drift(out: Tensor, before: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ReuseComplement(Operator):
+class _Reuse(Operator):
+    """What both kinds share: the operator that they wrap, how long a kept part serves, and what a call computed."""
+
+    base: Operator = field(default_factory=Drop)
+    every: int = 2
+
+    COMPUTED: ClassVar[str] = "computed share"
+
+    def computed(self, call: Call, mask: BlockMask) -> float | Tensor:
+        """See `Operator.computed`: what `run` noted in this very step."""
+        share: float | Tensor | None = call.state.recall(self.COMPUTED, max_age=1)
+        return self.base.density(mask) if share is None else share
+
+
+@dataclass(frozen=True)
+class ReuseComplement(_Reuse):
     """Attention over the mask, fresh at every step, merged with attention over all other keys of an earlier step.
 
     Every `every`-th step computes both, so that the result is that of dense attention for any mask; output and LSE of
@@ -73,12 +88,8 @@ class ReuseComplement(Operator):
         every: a kept part serves so many steps, the one that made it included; 1 is dense attention.
     """
 
-    base: Operator = field(default_factory=Drop)
-    every: int = 2
-
     name: ClassVar[str] = "reuse complement"
     PARTS: ClassVar[tuple[str, ...]] = ("mask of the rest", "output of the rest", "LSE of the rest")
-    COMPUTED: ClassVar[str] = "computed share"
 
     @property
     def title(self) -> str:  # type: ignore[override]
@@ -108,14 +119,9 @@ class ReuseComplement(Operator):
         call.state.keep(self.COMPUTED, 1.0)
         return whole
 
-    def computed(self, call: Call, mask: BlockMask) -> float | Tensor:
-        """The base's, or every pair where the other keys were computed too."""
-        share: float | Tensor | None = call.state.recall(self.COMPUTED, max_age=1)
-        return self.base.density(mask) if share is None else share
-
 
 @dataclass(frozen=True)
-class ReuseHeads(Operator):
+class ReuseHeads(_Reuse):
     """Heads whose output hardly changes are not computed at every step: their last output stands in for it.
 
     A head that was computed at two steps, one after the other as far as it was computed at all, with
@@ -129,13 +135,10 @@ class ReuseHeads(Operator):
         drift: in [0, 2]; 0 reuses only heads whose output does not turn at all, 2 all of them.
     """
 
-    base: Operator = field(default_factory=Drop)
-    every: int = 2
     drift: float = 0.1
 
     name: ClassVar[str] = "reuse heads"
     PARTS: ClassVar[tuple[str, ...]] = ("output of heads", "step of heads", "steady heads")
-    COMPUTED: ClassVar[str] = "computed share"
 
     @property
     def title(self) -> str:  # type: ignore[override]
@@ -152,7 +155,8 @@ class ReuseHeads(Operator):
             self.keep(call, mask, out[:, video].clone(), at, torch.zeros_like(at, dtype=torch.bool))
             return out, lse
         reused = steady & (call.step - at < self.every)
-        mask = mask.without_rows(reused[..., None] & video_rows(mask.query, call.grid))
+        text = blocks_holding(mask.query, call.grid.text_slice.start, call.grid.text_slice.stop)
+        mask = mask.without_rows(reused[..., None] & ~text)
         out, lse = self.base.run(call, mask, attend)
         rows = call.cached("rows that tell how outputs change", lambda: _sampled(call.grid.video, call.device))
         fresh = out[:, video]
@@ -169,19 +173,6 @@ class ReuseHeads(Operator):
         for name, value, kind in zip(self.PARTS, (out, at, steady), ("outputs", *2 * ("statistics",)), strict=True):
             call.state.keep(name, value, kind)
         call.state.keep(self.COMPUTED, self.base.computed(call, mask))
-
-    def computed(self, call: Call, mask: BlockMask) -> float | Tensor:
-        """The base's for the lists that were left."""
-        share: float | Tensor | None = call.state.recall(self.COMPUTED, max_age=1)
-        return self.base.density(mask) if share is None else share
-
-
-def video_rows(layout: BlockLayout, grid: TokenGrid) -> Tensor:
-    """bool (B|1, H|1, blocks): blocks that hold no text."""
-    token = layout.token_of_slot.unflatten(-1, (layout.blocks, layout.block_size))
-    first, end = grid.text_slice.start, grid.text_slice.stop
-    found = ~((token >= first) & (token < end)).any(-1)
-    return found.reshape(*[1] * (3 - found.dim()), *found.shape)
 
 
 def _sampled(video: int, device: torch.device) -> Tensor:

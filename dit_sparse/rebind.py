@@ -23,7 +23,7 @@ from torch.utils._device import DeviceContext
 
 from . import ulysses
 from .balance import place_heads
-from .ring import ring_attention
+from .ring import mixed, ring_attention
 from .runtime import SDPA, find, own_dense
 
 NAMES = frozenset({"dispatch_attention_fn", "scaled_dot_product_attention"})
@@ -118,8 +118,8 @@ def _changed_by_mode() -> bool:
     return any(isinstance(m, TorchFunctionMode) and not isinstance(m, DeviceContext) for m in modes)
 
 
-def _refusal_code(query: Any, key: Any, value: Any, mask: Any, causal: bool, dropout: float, mixed: bool) -> int:
-    """Place in REASONS of what is visible in the arguments, or -1; `mixed`: a ring that we do not know."""
+def _refusal_code(query: Any, key: Any, value: Any, mask: Any, causal: bool, dropout: float, strange: bool) -> int:
+    """Place in REASONS of what is visible in the arguments, or -1; `strange`: a ring that we do not know."""
     if causal:
         return CAUSAL
     if dropout:
@@ -132,7 +132,7 @@ def _refusal_code(query: Any, key: Any, value: Any, mask: Any, causal: bool, dro
         return LENGTHS
     if query.shape[2] != key.shape[2]:
         return GROUPED
-    if mixed:
+    if strange:
         return RING
     return MODE if _changed_by_mode() else -1
 
@@ -155,9 +155,7 @@ def core(dense: Callable[[], torch.Tensor], query: torch.Tensor, key: torch.Tens
     if processor is None:
         return dense()
     ranks: Any = getattr(parallel, "context_parallel_config", None)
-    ringed = ranks is not None and ranks.ring_degree > 1
-    mixed = ringed and (ranks.ulysses_degree > 1 or ranks.ring_anything)
-    code = _refusal_code(query, key, value, mask, causal, dropout, mixed)
+    code = _refusal_code(query, key, value, mask, causal, dropout, ranks is not None and mixed(ranks))
     if code >= 0:
         _left_dense(processor._handle, code, key.shape[1] if key.dim() == 4 else 0)
         return dense()
@@ -165,16 +163,16 @@ def core(dense: Callable[[], torch.Tensor], query: torch.Tensor, key: torch.Tens
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
     scale = float(scale) if scale is not None else query.shape[-1] ** -0.5
-    if ringed:
+    if ranks is not None and ranks.ring_degree > 1:
         return ring_attention(query, key, value, mask, scale, processor._handle)
     world = ranks.ulysses_degree if ranks is not None else 1
     if world == 1:
         return _attention(query, key, value, mask, scale, processor._handle, backend, 1)
-    if not ranks.ulysses_anything and not query.shape[2] % world:
+    placed = not ranks.ulysses_anything and not query.shape[2] % world
+    if placed:
         query, key, value = (place_heads(x, processor._handle, False) for x in (query, key, value))
-        out = ulysses.exchange(_attention, query, key, value, mask, scale, processor._handle, backend, world, parallel)
-        return place_heads(out, processor._handle, True)
-    return ulysses.exchange(_attention, query, key, value, mask, scale, processor._handle, backend, world, parallel)
+    out = ulysses.exchange(_attention, query, key, value, mask, scale, processor._handle, backend, world, parallel)
+    return place_heads(out, processor._handle, True) if placed else out
 
 
 def _routes(source: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ one GPU. Dense calls need no queries of other ranks.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from .blockmask import BlockMask
     from .methods.base import Call, Method
 
-__all__ = ["Share", "against", "attend", "ring_attention", "share_of"]
+__all__ = ["Share", "against", "attend", "mixed", "ring_attention", "share_of"]
 
 ROW_BY_ROW = (Drop, ZeroHeads, Soft)  # operators that compute a row of queries from its own list
 
@@ -53,9 +52,7 @@ class Share:
 
     def blocks(self, mask: BlockMask) -> BlockMask:
         """The mask with the lists of other ranks' query blocks emptied."""
-        other = ~self._mine(mask)
-        return dataclasses.replace(mask, whole=mask.whole.masked_fill(other, 0),
-                                   boundary=mask.boundary.masked_fill(other, 0))
+        return mask.without_rows(~self._mine(mask))
 
     def _mine(self, mask: BlockMask) -> Tensor:
         # Neighbours have about equally long lists: taking turns spreads the work.
@@ -103,6 +100,11 @@ class Share:
         return whole.unflatten(1, (self.world, -1))[:, self.rank]
 
 
+def mixed(ranks: Any) -> bool:
+    """Whether Diffusers' ContextParallelConfig joins its ring with Ulysses or unequal pieces, which ours cannot."""
+    return bool(ranks.ring_degree > 1 and (ranks.ulysses_degree > 1 or ranks.ring_anything))
+
+
 def against(method: Method, parallel: Any, step_cache: Any = None) -> str:
     """Why a method, with a step cache, cannot run under Diffusers' ParallelConfig (or None), or an empty text."""
     ranks = getattr(parallel, "context_parallel_config", None)
@@ -112,7 +114,7 @@ def against(method: Method, parallel: Any, step_cache: Any = None) -> str:
 
     if reason := against_ranks(step_cache):
         return reason
-    if ranks.ring_degree > 1 and (ranks.ulysses_degree > 1 or ranks.ring_anything):
+    if mixed(ranks):
         return ("ring parallelism is sparse by itself and with pieces of equal length; leave ulysses_degree and "
                 "ring_anything out")
     if ranks.ring_degree > 1 and method.observes:

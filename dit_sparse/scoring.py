@@ -311,7 +311,7 @@ def block_mass(
     """
     batch, heads = query.shape[0], query.shape[2]
     nq, nk, size = query_layout.blocks, key_layout.blocks, query_layout.block_size
-    real = _real_keys(key_layout, batch, key_mask)
+    real = real_keys(key_layout, batch, key_mask)
     counts = query_layout.lengths.clamp(min=1)[:, None]
     mass = torch.empty(batch, heads, nq, nk, device=query.device)
     step = max(1, _NUMBERS_AT_ONCE // (batch * size * key_layout.slots))
@@ -351,7 +351,7 @@ def listed_mass(
     """
     batch, heads, layout = query.shape[0], query.shape[2], mask.query
     lists, work = (x.expand(batch, heads, *x.shape[2:]) for x in (mask.lists, mask.work()))
-    real = _real_keys(mask.key, batch, key_mask).expand(batch, heads, -1)
+    real = real_keys(mask.key, batch, key_mask).expand(batch, heads, -1)
     listed = torch.arange(lists.shape[-1], device=lists.device) < work[..., None]
     mass = torch.empty(listed.shape, device=query.device)
     rows = torch.empty(lse.shape, device=query.device)
@@ -374,7 +374,7 @@ def listed_mass(
     return rows if per_row else mass
 
 
-def _real_keys(layout: BlockLayout, batch: int, key_mask: Tensor | None) -> Tensor:
+def real_keys(layout: BlockLayout, batch: int, key_mask: Tensor | None) -> Tensor:
     """bool (B, H|1, slots): True where the slot holds a key that the mask allows."""
     real = layout.real.expand(batch, 1, -1)
     if key_mask is None:

@@ -17,7 +17,6 @@ from .kernels import attention as kernels
 from .kernels.attention import block_sparse_attention, dense_attention
 from .memory import Memory, State
 from .methods.base import Call, Plan
-from .operators import SkipBlocks
 from .report import CallRecord, Report, Stopwatch
 
 if TYPE_CHECKING:
@@ -336,10 +335,8 @@ def _place(record: CallRecord, query: torch.Tensor) -> Hashable:
 
 
 def _layer_of(key: Any) -> int | None:
-    """The layer that a key of the memory names; -1: a number for the report, of no head; None: not known."""
+    """The layer that a key of the memory names; None: not known."""
     if key[0] == "state":
-        if key[1] == SkipBlocks.SHARE:
-            return -1
         key = key[2]
     return key[0] if isinstance(key[0], int) else None
 

@@ -28,10 +28,9 @@ import torch.distributed as dist
 import dit_sparse
 from dit_sparse.eval.speed import DTYPES, environment, misuse, table
 from dit_sparse.eval.step_models import GEOMETRIES, Geometry, build
-from dit_sparse.eval.step_speed import best_dense, release, sparse_of
+from dit_sparse.eval.step_speed import FEW, MORE, best_dense, release, sparse_of
 
 COLUMNS = ("what", "GPUs", "ms a layer", "rest ms", "step s", "x one GPU", "GiB")
-FEW, MORE = 1, 3  # layers of the small and of the larger model
 
 
 @dataclass(frozen=True)

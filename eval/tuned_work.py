@@ -18,7 +18,6 @@ from .run import Job, Result
 
 PRESETS, STATE = "presets", "state"
 EARLIER = Path(__file__).resolve().parent.parent / "docs" / "results" / "methods.json"
-HEADS = 40  # of the modelled layer
 
 Tuner = Callable[..., Any]
 
@@ -172,28 +171,27 @@ class Cost:
 
 
 def plan_cost(table: Any, grid: Any, costs: Any) -> Cost:
-    """What a head plan costs, its mixture of candidates spread over the 40 heads of the modelled layer.
+    """What a head plan costs, its mixture of candidates spread over the heads of the table's layer.
 
     Args:
         table: a `HeadPlan`.
         grid: the tokens that it was made for: what a small budget keeps there in whole blocks is what counts.
         costs: a `CostTable`.
     """
-    from dit_sparse.methods.tuned import candidate_layout, kept_blocks
-    from dit_sparse.order import video_blocks
+    from dit_sparse.methods.tuned import kept_share
+    from dit_sparse.tuning.oracle import ordered
 
-    layouts = {order: candidate_layout(grid, order) for order in ("tile", "morton")}
+    layouts = ordered(grid)
 
     def density(one: Any) -> float:
-        blocks = layouts[one.order]
-        return kept_blocks(one, blocks, grid) / video_blocks(blocks, grid)
+        return kept_share(one, layouts[one.order], grid)
 
     spent, sparse, calls, of_sparse = 0.0, 0.0, 0, 0
     for bucket in range(table.buckets):
         steps = len(table.steps_of(bucket))
         for layer in range(table.layers):
             chosen = table.of(bucket, layer)
-            counts = {one: HEADS * chosen.count(one) / len(chosen) for one in dict.fromkeys(chosen)}
+            counts = {one: costs.heads * chosen.count(one) / len(chosen) for one in dict.fromkeys(chosen)}
             ms = costs.layer(counts, density)
             spent, calls = spent + steps * ms, calls + steps
             if any(not one.is_dense for one in chosen):

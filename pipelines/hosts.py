@@ -10,6 +10,15 @@ import torch
 
 Progress = Callable[[int, int], None]
 
+# Our names of sizes and steps, and those of most hosts.
+HOST_NAMES = {"height": "height", "width": "width", "frames": "num_frames", "steps": "num_inference_steps",
+              "guidance_scale": "guidance_scale"}
+
+
+def host_arguments(ours: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a pipeline's call by the hosts' names; those that are None stay the host's own."""
+    return {HOST_NAMES.get(name, name): value for name, value in ours.items() if value is not None}
+
 
 def accepted(pipe: Any) -> Mapping[str, inspect.Parameter]:
     """The arguments that the pipeline's call takes, by name."""

@@ -12,6 +12,7 @@ import gradio as gr
 from ..commands.console import UserError
 from ..eval.attention import NAMES
 from ..methods import all_methods
+from ..processor import SparseProc
 from . import forms, wanted
 from .capture import Recording
 from .generate_tab import DEVICE
@@ -51,9 +52,10 @@ def endpoints(shelf: Shelf, sessions: Sessions) -> None:
         return outcome(_last(sessions, request, work))
 
     def inspect(
-        prompt: str, method_a: str = "auto", method_b: str = "rainfusion2", options_a: dict | None = None,
-        options_b: dict | None = None, width: int | None = None, height: int | None = None, frames: int | None = None,
-        steps: int = 8, seed: int = 0, guidance: float = 1.0, model: str | None = None,
+        prompt: str, method_a: str = SparseProc.default_method, method_b: str = "rainfusion2",
+        options_a: dict | None = None, options_b: dict | None = None, width: int | None = None,
+        height: int | None = None, frames: int | None = None, steps: int = 8, seed: int = 0, guidance: float = 1.0,
+        model: str | None = None,
         request: gr.Request = None,  # type: ignore
     ) -> dict:
         """Make a clip dense; density, recall, error and cosine of both methods at the kept steps, layers and heads."""

@@ -16,12 +16,10 @@ import torch
 
 from ..commands.console import UserError, refusing
 from ..commands.run import check_device, device_name
+from ..pipelines.hosts import HOST_NAMES
 from ..pipelines.load import EMBEDDED, load, locate
 from .preview import Preview
 
-# Our names of sizes and steps, and those of most hosts.
-HOST_NAMES = {"height": "height", "width": "width", "frames": "num_frames", "steps": "num_inference_steps",
-              "guidance_scale": "guidance_scale"}
 KEPT = 2  # models in memory at once: the first of the list, and the last that was asked for
 
 

@@ -8,13 +8,15 @@ from typing import Any
 import gradio as gr
 
 from ..commands.console import UserError
+from ..tuning.steps import MODES
+from ..tuning.targets import SIGNS
 from . import tune_words, words
 from .fields import ShapeForm, shape_form
 from .generate_tab import BUSY, CANCELLED, FREE, GONE, GenerateForm, connect_stop, queued
 from .job import Cancelled, Progress
 from .models import Shelf
 from .sessions import Sessions
-from .tune_work import METRICS, MODES, check, run
+from .tune_work import check, run
 
 EMPTY = "Name a quality: heads, budgets and patterns are chosen for it, and checked on clips that the choice never saw."
 START = {"psnr": 30.0, "ssim": 0.9, "lpips": 0.1, "speedup": 1.5}
@@ -32,11 +34,11 @@ def tune_tab(shelf: Shelf, sessions: Sessions, tabs: gr.Tabs, form: GenerateForm
     with gr.Row():
         with gr.Column(scale=4, min_width=300):
             with gr.Row():
-                metric = gr.Dropdown([(f"{name} {sign}", name) for name, sign in METRICS.items()], value="psnr",
+                metric = gr.Dropdown([(f"{name} {sign}", name) for name, sign in SIGNS.items()], value="psnr",
                                      label="Target", elem_id="tune-metric", min_width=90)
                 value = gr.Number(START["psnr"], label="of", elem_id="tune-value", step=0.5, min_width=90)
             with gr.Row():
-                mode = gr.Dropdown(list(MODES), value=MODES[0], label="Mode", elem_id="tune-mode", min_width=90)
+                mode = gr.Dropdown(list(MODES), value="quick", label="Mode", elem_id="tune-mode", min_width=90)
                 statistic = gr.Dropdown([("mean clip", "mean"), ("worst clip", "min")], value="mean",
                                         label="Reached by the", elem_id="tune-statistic", min_width=90)
             shape = shape_form(shelf, "tune", "Tune", several=True)

@@ -7,17 +7,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from ..commands.console import UserError, refusing
+from ..pipelines.hosts import host_arguments
+from ..tuning.steps import MODES
+from ..tuning.targets import SIGNS, STATISTICS, Target
 from . import wanted
 from .job import Job
-from .models import HOST_NAMES, Shelf
+from .models import Shelf
 from .wanted import Wanted
 from .work import forget_run
 
 if TYPE_CHECKING:
     from ..tuning.preset import TunedPreset
 
-METRICS = {"psnr": ">=", "ssim": ">=", "lpips": "<=", "speedup": ">="}
-MODES = ("quick", "standard", "thorough")
 MOST_PROMPTS = 8
 
 
@@ -48,8 +49,8 @@ def check(
 
     Args:
         shelf: the models of the page.
-        metric, value: the target; the metric is one of `METRICS`.
-        mode: of `MODES`.
+        metric, value: the target; the metric is one of `targets.SIGNS`.
+        mode: of `steps.MODES`.
         statistic: "mean" or "min" over the clips.
         prompt: one a line, or none.
         shape: model, width, height, frames, steps, seed and guidance, as in `wanted.check`.
@@ -58,9 +59,8 @@ def check(
         UserError: one line that names what is allowed.
     """
     from ..pipelines.embedded import EXAMPLES
-    from ..tuning.targets import STATISTICS, Target
 
-    for name, given, allowed in (("metric", metric, METRICS), ("mode", mode, MODES),
+    for name, given, allowed in (("metric", metric, SIGNS), ("mode", mode, MODES),
                                  ("statistic", statistic, STATISTICS)):
         if given not in allowed:
             raise UserError(f"{name}={str(given)[:40]!r} is not allowed; use one of {', '.join(allowed)}")
@@ -71,7 +71,7 @@ def check(
         raise UserError(f"prompts: {len(lines)} are not allowed; use up to {MOST_PROMPTS}, one a line")
     prompts = tuple(map(wanted.read_prompt, lines)) or None
     with refusing():
-        target = str(Target.parse(f"{metric}{METRICS[metric]}{value:.6g}"))
+        target = str(Target.parse(f"{metric}{SIGNS[metric]}{value:.6g}"))
     clip = wanted.check(shelf, **shape, prompt=prompts[0] if prompts else EXAMPLES[0], mode="both")
     return Asked(clip, target, prompts, mode, statistic)
 
@@ -86,8 +86,7 @@ def run(shelf: Shelf, asked: Asked, job: Job) -> Outcome:
     from .. import disable, tune
 
     pipe = shelf.open(asked.clip.model)
-    shape = asked.clip.shape.arguments()
-    call = {theirs: shape[ours] for ours, theirs in HOST_NAMES.items() if shape[ours] is not None}
+    call = host_arguments(asked.clip.shape.arguments())
 
     def progress(fraction: float, text: str, left: float | None) -> None:
         job.tell(phase=text, fraction=fraction, left=left)

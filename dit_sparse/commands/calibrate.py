@@ -92,9 +92,7 @@ def _run(pipe: Any, prompt: str, seed: int, shape: dict[str, Any], callback: Cal
 
 def _write(path: Path, document: dict[str, Any]) -> None:
     """The file appears under its name when it is complete."""
-    from ..pipelines.video_io import part_name
+    from ..pipelines.video_io import finished_file
 
-    part = part_name(path)
-    with refusing(OSError, prefix=f"--output {path} cannot be written: "):
+    with refusing(OSError, prefix=f"--output {path} cannot be written: "), finished_file(path) as part:
         part.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        part.replace(path)

@@ -58,11 +58,11 @@ def compare(
     given = parse_options(options or []) | ({} if density is None else {"density": density})
     given |= {} if step_cache is None else {"step_cache": step_cache}
     # The table's options belong to the table's method; another method starts from its own defaults.
-    own = usual["options"] if method in (None, usual["method"]) else {}
+    own = usual["options"] if method in (None, usual["method"]) and (long or model == "embedded") else {}
     if preset is not None:
         proc = sparse_proc(method, {**given, "preset": preset})
     else:
-        proc = sparse_proc(method or usual["method"], {**own, **given})
+        proc = sparse_proc(method or usual["method"], settings.usual_options(own, given))
     warn_of_unknown_words(model, [text])
     warn_of_small_size(model, shape)
     pipe = open_pipeline(model, device, proc)

@@ -73,7 +73,11 @@ def generate(
     paths = plan_outputs(output, prompts, suffix, seed, into_folder=many)
     given = parse_options(options or []) | ({} if density is None else {"density": density})
     given |= {} if step_cache is None else {"step_cache": step_cache}
-    proc = sparse_proc(method, given | ({} if preset is None else {"preset": preset}))
+    if preset is not None:
+        given["preset"] = preset
+    elif method is None and model == "embedded":
+        given = settings.usual_options(settings.PREVIEW, given)
+    proc = sparse_proc(method, given)
     warn_of_unknown_words(model, prompts)
     warn_of_small_size(model, shape)
     pipe = open_pipeline(model, device if worker is None else worker.device(device), proc)

@@ -34,6 +34,7 @@ def tune(
     stay_offline(model)
     from .. import SparseProc
     from ..pipelines.embedded import DEFAULTS
+    from ..pipelines.hosts import host_arguments
     from ..tuning.candidates import patterns_of
     from ..tuning.steps import MODES
     from ..tuning.targets import STATISTICS, Target
@@ -57,8 +58,7 @@ def tune(
     pipe = open_pipeline(model, device, SparseProc("dense"))
     from ..tuning.tune import tune as run
 
-    names = {"frames": "num_frames", "steps": "num_inference_steps"}
-    call = {names.get(name, name): value for name, value in shape.arguments().items() if value is not None}
+    call = host_arguments(shape.arguments())
     with refusing(), fraction_bar("tuning") as progress:
         preset = run(pipe, target, prompts, mode, patterns or "auto", statistic, seed, state=state, progress=progress,
                      call=call)

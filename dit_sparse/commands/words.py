@@ -20,7 +20,7 @@ Guidance = Annotated[float | None, typer.Option(help="Guidance scale; 1: none; t
 MethodName = Annotated[str | None, typer.Option(help="See `dit-sparse methods`; else auto; `dense` is none.")]
 Density = Annotated[
     float | None,
-    typer.Option(help="Share of the attention that is computed, in (0, 1]; auto: by its error bound."),
+    typer.Option(help="Share of the attention that is computed, in (0, 1]; the included model's own: 0.25."),
 ]
 Options = Annotated[
     list[str] | None, typer.Option("--option", "-o", help="Option of the method, as name=value; may be repeated.")

@@ -29,7 +29,7 @@ from ..operators import Drop, Operator, Soft
 from ..order import inverse, video_blocks
 from ..patterns import check_block_size
 from ..routing import lists_by_chunks, pool
-from ..scoring import _real_keys, gather_tokens, head_chunks, keys_held, to_slots
+from ..scoring import gather_tokens, head_chunks, keys_held, real_keys, to_slots
 from ..selection import Rule, count_of_density, map_kept
 from .base import Call, Method, Plan, check_range
 from .sol import ORDERS, Sol
@@ -139,7 +139,7 @@ class Sample:
         """Dense attention of the rows by key block: its mass (B, h, R, n), its part of the output (B, h, R, n, Dv), and
         the rows' LSE (B, h, R, 1), float32. The products run in the activations' dtype, the softmax in float32."""
         call, blocks, shape = self.call, self.blocks, query.shape
-        real = _real_keys(blocks, shape[0], call.key_mask)
+        real = real_keys(blocks, shape[0], call.key_mask)
         key, value = (to_slots(x[:, :, heads], blocks) for x in (call.key, call.value))
         # [B h, R, D] x [B h, D, slots], scaled as it is written
         scores = torch.baddbmm(query.new_zeros(1, 1, 1), query.flatten(0, 1), key.permute(0, 2, 3, 1).flatten(0, 1),

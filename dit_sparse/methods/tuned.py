@@ -17,7 +17,7 @@ from ..grid import TokenGrid
 from ..kernels.soft import merge_soft_blocks
 from ..operators import Attend, Operator
 from ..order import video_blocks
-from ..patterns import build_mask, heads_of, replace_heads, static_mask
+from ..patterns import build_mask, heads_of, pick, replace_heads
 from ..routing import route_means
 from ..selection import Rule, rows_kept
 from ..session import SparseFallbackError
@@ -26,7 +26,7 @@ from ..tuning.headplan import HeadPlan
 from .base import Call, Method, Plan
 from .sol import NEAR, Sol
 
-__all__ = ["Group", "HeadGroups", "PresetMismatch", "Tuned", "candidate_layout", "kept_blocks"]
+__all__ = ["Group", "HeadGroups", "PresetMismatch", "Tuned", "candidate_layout", "kept_blocks", "kept_share"]
 
 _ORDERS = {"tile": "tiles", "morton": "morton"}  # how `sol` calls them
 TRANSFER = 0.25  # largest difference of the number of tokens, as a share, at which a plan is carried over
@@ -48,6 +48,12 @@ def kept_blocks(candidate: Candidate, blocks: BlockLayout, grid: TokenGrid) -> i
         return video
     count = rows_kept(candidate.density, video, 0, blocks.blocks - video, count_forced=True)
     return min(video, max(count, 2 * NEAR - 1))
+
+
+def kept_share(candidate: Candidate, blocks: BlockLayout, grid: TokenGrid) -> float:
+    """Share of all key blocks, those of the text included, that a video query block of a head sees."""
+    text = blocks.blocks - video_blocks(blocks, grid)
+    return (kept_blocks(candidate, blocks, grid) + text) / blocks.blocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,6 +235,13 @@ class Tuned(Method):
             groups.append(Group(None if whole else heads, self.mask(part, order, mine), soft))
         return Plan(groups[0].mask, operator=HeadGroups(tuple(groups)))
 
+    @staticmethod
+    def blocks(call: Call, order: str) -> BlockLayout:
+        """`candidate_layout` on the call's device, made once for the shape."""
+        made: BlockLayout = call.cached(("tuned", "layout", order),
+                                        lambda: candidate_layout(call.grid, order).to(call.device))
+        return made
+
     def mask(self, call: Call, order: str, chosen: tuple[Candidate, ...]) -> BlockMask:
         """The mask of heads of one order, each with its own budget.
 
@@ -238,15 +251,14 @@ class Tuned(Method):
             chosen: what each computes; dense ones keep all blocks.
         """
         grid = call.grid
-        blocks = call.cached(("tuned", "layout", order), lambda: candidate_layout(grid, order).to(call.device))
+        blocks = self.blocks(call, order)
         counts = tuple(kept_blocks(one, blocks, grid) for one in chosen)
         fixed = tuple(one.pattern in ("band", "dense") for one in chosen)
         static = None
         if any(fixed):
-            static = static_mask(call, ("tuned", "band", order, counts), lambda: _bands(grid, order, counts))
+            static = self.bands(call, order, tuple(n if one else 0 for n, one in zip(counts, fixed, strict=True)))
             if all(fixed):
-                # Of the static mask's own layout: its lists were built for that.
-                return static.with_layouts(blocks, blocks)
+                return static
         rule = call.cached(("tuned", "rule", order, counts), lambda: _rule(counts, blocks, grid, call.device))
         means = call.block_mean("query", blocks), call.block_mean("key", blocks)
         width = blocks.blocks if grid.text else max(counts)
@@ -254,7 +266,19 @@ class Tuned(Method):
         if static is None:
             return mask
         take = call.cached(("tuned", "fixed", fixed), lambda: torch.tensor(fixed, device=call.device))
-        return replace_heads(mask, static.with_layouts(blocks, blocks), take)
+        return replace_heads(mask, static, take)
+
+    def bands(self, call: Call, order: str, counts: tuple[int, ...]) -> BlockMask:
+        """The `counts[h]` nearest video blocks along the order for every head, and all text; any band where it is 0.
+
+        Every width is built once for the shape: a list for each head would be another one in every layer and bucket.
+        """
+        grid, blocks = call.grid, self.blocks(call, order)
+        widths = tuple(sorted({n for n in counts if n}))
+        table = call.cached(("tuned", "bands", order, widths),
+                            lambda: _bands(grid, order, widths).to(call.device).with_layouts(blocks, blocks))
+        which = tuple(widths.index(n) if n else 0 for n in counts)
+        return pick(table, call.cached(("tuned", "widths", which), lambda: torch.tensor([which], device=call.device)))
 
 
 def _rule(counts: tuple[int, ...], blocks: BlockLayout, grid: TokenGrid, device: torch.device | str) -> Rule:

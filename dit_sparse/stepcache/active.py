@@ -180,13 +180,15 @@ class ActiveCache:
             context = manager._context
             manager.reset()
             manager.set_context(context)
-        self._states.clear()
-        for hook in self._single:
-            hook.state.reset()
+        self._free_single()
 
     def end_run(self) -> None:
-        """The run is over: what it kept is freed."""
+        """The run is over: what it kept is freed, by the pipeline itself where a cache has a state for every branch."""
         self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
+        self._free_single()
+
+    def _free_single(self) -> None:
+        """Forget the states of a cache that has one, and ours of every branch."""
         self._states.clear()
         for hook in self._single:
             hook.state.reset()

@@ -127,9 +127,13 @@ def is_number(x: Any) -> bool:
     return isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x)
 
 
+def are_numbers(values: Any) -> bool:
+    """Whether values is a list or tuple of finite numbers, at least one."""
+    return isinstance(values, (list, tuple)) and bool(values) and all(map(is_number, values))
+
+
 def _check_numbers(values: Any, positive: bool) -> None:
-    known = isinstance(values, list) and values and all(map(is_number, values))
-    if not known or (positive and min(values) <= 0):
+    if not are_numbers(values) or (positive and min(values) <= 0):
         raise ValueError("its numbers are not finite" + (" and positive" if positive else ""))
 
 

@@ -175,7 +175,7 @@ def _teacache(config: TeaCacheConfig, model: Any) -> TeaCacheConfig:
         raise ValueError(f"step_cache: TeaCacheConfig needs threshold, a number >= 0, for these coefficients; it is "
                          f"{threshold!r}")
     given = tuple(given) if isinstance(given, Iterable) else (given,)
-    if not given or not all(map(coefficients.is_number, given)):
+    if not coefficients.are_numbers(given):
         raise ValueError(f"step_cache: TeaCacheConfig coefficients={str(given)[:80]} is not allowed; use finite "
                          "numbers, the name of a published set or a .json file")
     signal = config.signal or numbers.get("signal") or own

@@ -22,7 +22,7 @@ from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManag
 from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor
 
-from .coefficients import is_number
+from .coefficients import are_numbers
 from .signals import EMBEDDING, signal_of
 
 HEAD_HOOK, BLOCK_HOOK, EMBEDDING_HOOK = "teacache_head_block", "teacache_block", "teacache_embedding"
@@ -108,8 +108,7 @@ class TeaCacheState(BaseState):
         before, self.previous, self.step = self.previous, signal.detach(), step
         if before is not None and before.shape != signal.shape:
             before, self.residual = None, None
-        first = 1 if config.first_steps is None else config.first_steps
-        forced = step < max(1, first) or (length is not None and step >= length - config.last_steps)
+        forced = step < (config.first_steps or 1) or (length is not None and step >= length - config.last_steps)
         if config.calibrate:
             self.change = None if before is None else relative_change(signal, before)
         if config.calibrate or forced or before is None or self.residual is None:
@@ -282,7 +281,7 @@ def apply_teacache(model: Any, config: TeaCacheConfig, where: Where | None = Non
     Raises:
         ValueError: the model's blocks or their signal are unknown, or numbers are missing; one line.
     """
-    if not config.calibrate and (not _numbers(config.coefficients) or config.threshold is None):
+    if not config.calibrate and (not are_numbers(config.coefficients) or config.threshold is None):
         raise ValueError("TeaCacheConfig needs coefficients, as numbers, and threshold; enable(pipe, "
                          "step_cache='teacache') fills in those that are known")
     blocks = blocks_of(model)
@@ -312,7 +311,3 @@ def remove_teacache(model: torch.nn.Module) -> None:
     for name in HOOKS:
         registry.remove_hook(name, recurse=True)
     registry.invalidate_child_registries_cache()
-
-
-def _numbers(values: Any) -> bool:
-    return isinstance(values, (list, tuple)) and len(values) > 0 and all(map(is_number, values))

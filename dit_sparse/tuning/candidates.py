@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["BUDGETS", "DENSE", "ORDERS", "PATTERNS", "Candidate", "candidates_of", "orders_of", "patterns_of"]
+__all__ = ["BUDGETS", "DENSE", "ORDERS", "PATTERNS", "Candidate", "candidates_of", "patterns_of"]
 
 PATTERNS = ("dense", "drop", "soft", "band")
 ORDERS = ("tile", "morton")
@@ -77,11 +77,6 @@ def candidates_of(
     found = [Candidate(pattern, order, density) for pattern in dict.fromkeys(patterns) if pattern != "dense"
              for order in dict.fromkeys(orders) for density in densities]
     return (DENSE, *found)
-
-
-def orders_of(candidates: Sequence[Candidate]) -> tuple[str, ...]:
-    """The orders that the sparse candidates use, in order of appearance."""
-    return tuple(dict.fromkeys(c.order for c in candidates if not c.is_dense))
 
 
 def patterns_of(patterns: str | Sequence[str]) -> tuple[str, ...]:

@@ -96,9 +96,11 @@ class CostTable:
         (d0, t0), (d1, t1) = curve[max(above, 1) - 1], curve[max(above, 1)]
         return self.mixed * max(0.0, t0 + (t1 - t0) * (x - d0) / (d1 - d0))
 
-    def times(self, candidates: Sequence[Candidate]) -> NDArray[np.float64]:
-        """Milliseconds of one head of every candidate."""
-        return np.array([self.tau(candidate) for candidate in candidates])
+    def times(self, candidates: Sequence[Candidate], densities: Iterable[float | None] | None = None
+              ) -> NDArray[np.float64]:
+        """Milliseconds of one head of every candidate; `densities` as in `tau`."""
+        known = [None] * len(candidates) if densities is None else densities
+        return np.array([self.tau(*pair) for pair in zip(candidates, known, strict=True)])
 
     def fix(self, order: str) -> float:
         """Milliseconds that an order costs a layer, once; 0 for one that costs none."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -251,6 +251,23 @@ def _check(
         raise ValueError("gate_out and stream belong together; give both or neither")
 
 
+class _Blocks(NamedTuple):
+    """What the key blocks of an order hold, whatever ranks them.
+
+    Args:
+        mass: (h, R, n), softmax weights of a block, summed.
+        sums: (h, R, n, Dv), of weight times value.
+        keys, values: (h, n, D) and (h, n, Dv), means.
+        weight: (h, R, n), of a block as one entry, its mean key as heavy as its keys.
+    """
+
+    mass: Tensor
+    sums: Tensor
+    keys: Tensor
+    values: Tensor
+    weight: Tensor
+
+
 class _Rows:
     """Exact attention of the sampled rows of some heads, and what becomes of it block by block.
 
@@ -283,7 +300,8 @@ class _Rows:
         self, layouts: Mapping[str, BlockLayout], rankings: Sequence[str], budgets: Sequence[float], gram: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Mass, error and added error of all candidates: float32 (orders, rankings, operators, budgets, h, R)."""
-        found = [[list(self._budgets(x, ranking, budgets, gram)) for ranking in rankings] for x in layouts.values()]
+        found = [[list(self._budgets(x, held, ranking, budgets, gram)) for ranking in rankings]
+                 for x in layouts.values() for held in (self._by_block(x),)]
         mass, err, added = (
             torch.stack([torch.stack([torch.stack([one[i] for one in each]) for each in order]) for order in found])
             for i in range(3)
@@ -291,23 +309,20 @@ class _Rows:
         return mass, err, added
 
     def _budgets(
-        self, blocks: BlockLayout, ranking: str, budgets: Sequence[float], gram: Tensor | None
+        self, blocks: BlockLayout, of: _Blocks, ranking: str, budgets: Sequence[float], gram: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Mass, error and added error, float32 (budgets, h, R) each, for both operators."""
-        mass, sums = self._by_block(blocks)
         # [h, R, nb, n], 1 where a budget keeps the block
-        keeps = self._kept(blocks, ranking, budgets).to(torch.float32)
-        held = (keeps @ mass[..., None])[..., 0]
-        kept = keeps @ sums
+        keeps = self._kept(blocks, of, ranking, budgets).to(torch.float32)
+        held = (keeps @ of.mass[..., None])[..., 0]
+        kept = keeps @ of.sums
         share = (held / self.sum[..., None]).permute(2, 0, 1)
         for operator in OPERATORS:
             numerator, denominator = kept, held
             if operator == "soft":
-                weight = self._means(blocks)
                 # [h, R, nb, n] x [h, 1, n, Dv]
-                rest = (1 - keeps) * weight[:, :, None]
-                values = pool(self.call.value, blocks, mask=self.mask)[0]
-                numerator = kept + (rest.flatten(1, 2) @ values).unflatten(1, rest.shape[1:3])
+                rest = (1 - keeps) * of.weight[:, :, None]
+                numerator = kept + (rest.flatten(1, 2) @ of.values).unflatten(1, rest.shape[1:3])
                 denominator = held + rest.sum(-1)
             # A row may keep nothing that is left of it in float32; its output is 0 then.
             off = numerator / denominator.clamp(min=1e-30)[..., None] - self.out[:, :, None]
@@ -315,8 +330,8 @@ class _Rows:
             added = err if gram is None else ((off.flatten(1, 2) @ gram).unflatten(1, off.shape[1:3]) * off).sum(-1)
             yield share, err.permute(2, 0, 1), added.clamp(min=0).permute(2, 0, 1)
 
-    def _by_block(self, blocks: BlockLayout) -> tuple[Tensor, Tensor]:
-        """Softmax weights of every key block: their sum (h, R, n), and that of weight times value (h, R, n, Dv)."""
+    def _by_block(self, blocks: BlockLayout) -> _Blocks:
+        """Sums and means of every key block."""
         size = blocks.block_size
         # As (1, L, h, R): rows in the place of channels.
         weights = to_slots(self.weights.permute(2, 0, 1)[None], blocks)[0].unflatten(0, (-1, size))
@@ -324,15 +339,11 @@ class _Rows:
         # [n, t, h, R] -> [h, n, R, t] x [h, n, t, Dv]
         weights = weights.permute(2, 0, 3, 1)
         sums = weights @ values.permute(2, 0, 1, 3)
-        return weights.sum(-1).transpose(1, 2), sums.transpose(1, 2)
+        keys, means = (pool(x, blocks, mask=self.mask)[0] for x in (self.call.key, self.call.value))
+        weight = (self.query @ keys.transpose(1, 2) - self.top).exp() * keys_held(blocks, self.mask)[0][:, None]
+        return _Blocks(weights.sum(-1).transpose(1, 2), sums.transpose(1, 2), keys, means, weight)
 
-    def _means(self, blocks: BlockLayout) -> Tensor:
-        """The weight of every key block as one entry, its mean key as heavy as its keys: (h, R, n)."""
-        means = pool(self.call.key, blocks, mask=self.mask)[0]
-        count = keys_held(blocks, self.mask)[0]
-        return (self.query @ means.transpose(1, 2) - self.top).exp() * count[:, None]
-
-    def _kept(self, blocks: BlockLayout, ranking: str, budgets: Sequence[float]) -> Tensor:
+    def _kept(self, blocks: BlockLayout, of: _Blocks, ranking: str, budgets: Sequence[float]) -> Tensor:
         """Whether a budget keeps a key block for a row: bool (h, R, budgets, n)."""
         video = video_blocks(blocks, self.grid)
         own = blocks.block_of_token.reshape(-1)[self.rows]
@@ -342,7 +353,7 @@ class _Rows:
             scores = -apart.to(torch.float32).expand(self.out.shape[0], -1, -1)
         else:
             means = pool(self.call.query, blocks)[0] * self.scale
-            scores = means[:, own] @ pool(self.call.key, blocks, mask=self.mask)[0].transpose(1, 2)
+            scores = means[:, own] @ of.keys.transpose(1, 2)
         # Forced blocks first: the near ones of the video; text takes no place in the ranking.
         scores = scores.masked_fill(apart < NEAR, torch.inf).masked_fill(at >= video, -torch.inf)
         rank = scores.sort(dim=-1, descending=True, stable=True).indices.argsort(-1)

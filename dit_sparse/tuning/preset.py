@@ -7,6 +7,7 @@ import binascii
 import copy
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ FORMAT = 1
 FOLDER = Path(__file__).resolve().parent.parent / "presets"
 
 
-class Preset:
+class Preset(ABC):
     """Base of both kinds; `Preset.load` reads either."""
 
     kind: ClassVar[str] = ""
@@ -85,18 +86,19 @@ class Preset:
         """A preset as it is, or loaded by name or path."""
         return source if isinstance(source, Preset) else Preset.load(source)
 
+    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as it is saved."""
-        raise NotImplementedError
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write it as one JSON file."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
 
+    @abstractmethod
     def describe(self) -> str:
         """What it is, in a few lines."""
-        raise NotImplementedError
 
+    @abstractmethod
     def check(self, target: Any) -> str:
         """Hold it against a pipeline or transformer.
 
@@ -106,8 +108,8 @@ class Preset:
         Raises:
             ValueError: it does not fit; one line.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def method_and_options(self, method: str | None, given: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         """What a SparseProc is made of: a method (or its name) and options, the given ones first.
 
@@ -115,7 +117,6 @@ class Preset:
             method: what the user named beside the preset.
             given: the user's own options.
         """
-        raise NotImplementedError
 
     def fitted(self, proc: Any, target: Any) -> Any:
         """The SparseProc as it runs on this target, checked."""

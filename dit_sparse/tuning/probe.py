@@ -17,9 +17,9 @@ from torch import Tensor
 from ..bridge import binding_of, transformers_of
 from ..grid import TokenGrid
 from ..methods.base import Call, Method, Plan
-from ..methods.tuned import candidate_layout, kept_blocks
+from ..methods.tuned import kept_blocks
 from .candidates import DENSE, Candidate, candidates_of
-from .oracle import Errors, probe_heads, sample_rows
+from .oracle import Errors, ordered, probe_heads, sample_rows
 from .preset import attention_layers
 
 __all__ = ["FORCED", "Forward", "Probe", "ProbeResult", "Streams", "Watcher", "bucket_edges", "distinct", "probe_step"]
@@ -50,17 +50,24 @@ def probe_step(edges: Sequence[int], bucket: int) -> int:
     return (edges[bucket] + edges[bucket + 1] - 1) // 2
 
 
+def probed_bucket(step: int, steps: int) -> int | None:
+    """The bucket that is probed at this step of a run of so many; None where none is."""
+    edges = bucket_edges(steps)
+    return next((b for b in range(forced_buckets(steps), len(edges) - 1) if probe_step(edges, b) == step), None)
+
+
 def distinct(candidates: Sequence[Candidate], grid: TokenGrid) -> tuple[Candidate, ...]:
     """The candidates that differ on this grid: on a short sequence small budgets keep the same blocks.
 
     Of equal ones the largest budget stays, which says best what is computed.
     """
     found: dict[Any, Candidate] = {}
+    layouts = ordered(grid)
     for one in candidates:
         if one.is_dense:
             found[DENSE] = DENSE
             continue
-        blocks = candidate_layout(grid, one.order)
+        blocks = layouts[one.order]
         count = kept_blocks(one, blocks, grid)
         if count < blocks.blocks - (-(-grid.text // blocks.block_size)):
             found[(one.pattern, one.order, count)] = one
@@ -77,7 +84,6 @@ class ProbeResult:
         candidates: the distinct candidates, dense first.
         tables: "mass", "err", "a" and "a_error", float64 (buckets, layers, heads, candidates); 0 in forced buckets.
         head_dim: channels of a head.
-        projected: whether `a` is of the residual stream (the family gives gate and projection) or the plain error.
     """
 
     grid: TokenGrid
@@ -85,7 +91,6 @@ class ProbeResult:
     candidates: tuple[Candidate, ...]
     tables: dict[str, np.ndarray]
     head_dim: int
-    projected: bool
 
     @property
     def edges(self) -> tuple[int, ...]:
@@ -99,13 +104,12 @@ class ProbeResult:
         tables = {name: np.mean([r.tables[name] for r in results], axis=0) for name in _NUMBERS}
         squares = np.mean([r.tables["a_error"] ** 2 for r in results], axis=0)
         tables["a_error"] = np.sqrt(squares / len(results))
-        return ProbeResult(first.grid, first.steps, first.candidates, tables, first.head_dim, first.projected)
+        return ProbeResult(first.grid, first.steps, first.candidates, tables, first.head_dim)
 
     def to_parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Plain data and tensors, as the store keeps them."""
         data = {"grid": [self.grid.frames, self.grid.height, self.grid.width, self.grid.text, self.grid.text_at],
-                "steps": self.steps, "candidates": [c.to_dict() for c in self.candidates], "head_dim": self.head_dim,
-                "projected": self.projected}
+                "steps": self.steps, "candidates": [c.to_dict() for c in self.candidates], "head_dim": self.head_dim}
         return data, {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in self.tables.items()}
 
     @staticmethod
@@ -114,7 +118,7 @@ class ProbeResult:
         frames, height, width, text, text_at = data["grid"]
         return ProbeResult(TokenGrid(frames, height, width, text=text, text_at=text_at), data["steps"],
                            tuple(Candidate(**c) for c in data["candidates"]),
-                           {name: tensors[name].numpy() for name in _NUMBERS}, data["head_dim"], data["projected"])
+                           {name: tensors[name].numpy() for name in _NUMBERS}, data["head_dim"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,26 +148,23 @@ class Probe(Method):
             raise ValueError("tune: the length of the run is unknown; use a pipeline whose scheduler tells its steps")
         if self.seen.setdefault("sizes", sizes) != sizes:
             raise ValueError(f"tune: calls differ in grid, steps, layers or heads: {self.seen['sizes']} and {sizes}")
-        edges = bucket_edges(call.num_steps)
-        for bucket in range(forced_buckets(call.num_steps), len(edges) - 1):
-            if probe_step(edges, bucket) == call.step:
-                start = time.perf_counter()
-                for row in range(call.query.shape[0]):
-                    self._keep((bucket, call.layer), self._errors(call, row))
-                if call.device.type == "cuda":
-                    torch.cuda.synchronize(call.device)
-                self.seen["seconds"] = self.seen.get("seconds", 0.0) + time.perf_counter() - start
+        bucket = None if call.step is None else probed_bucket(call.step, call.num_steps)
+        if bucket is not None:
+            start = time.perf_counter()
+            for row in range(call.query.shape[0]):
+                self._keep((bucket, call.layer), self._errors(call, row))
+            if call.device.type == "cuda":
+                torch.cuda.synchronize(call.device)
+            self.seen["seconds"] = self.seen.get("seconds", 0.0) + time.perf_counter() - start
         return Plan(None)
 
     def _errors(self, call: Call, batch: int) -> Errors:
         """What the oracle says of one batch element of a call."""
         rows = call.cached((self, "rows"), lambda: sample_rows(call.grid, self.rows, seed=self.seed).to(call.device))
-        layouts = call.cached((self, "layouts"), lambda: {
-            name: candidate_layout(call.grid, name).to(call.device) for name in ("tile", "morton")})
+        layouts = call.cached((self, "layouts"), lambda: ordered(call.grid, device=call.device))
         rankings = (("pooled",) if {"drop", "soft"} & set(self.patterns) else ()) + (
             ("band",) if "band" in self.patterns else ())
         gate, stream = self.streams.of(call, batch, rows)
-        self.seen["projected"] = gate is not None and self.seen.get("projected", True)
         return probe_heads(call.query[batch], call.key[batch], call.value[batch], rows, scale=call.scale,
                            grid=call.grid, orders=layouts, rankings=rankings, gate_out=gate, stream=stream,
                            key_mask=None if call.key_mask is None else call.key_mask[batch])
@@ -194,7 +195,7 @@ class Probe(Method):
                 table = errors.table(candidates)
                 for name in _NUMBERS:
                     tables[name][bucket, layer] = table[name].double().cpu().numpy()
-        return ProbeResult(grid, steps, candidates, tables, head_dim, bool(self.seen.get("projected")))
+        return ProbeResult(grid, steps, candidates, tables, head_dim)
 
 
 # -- what the block adds to the residual stream --------------------------------------------------------------------
@@ -208,8 +209,7 @@ class Streams:
     """
 
     def __init__(self, pipe: Any) -> None:
-        self._now: dict[int, tuple[Tensor, Tensor]] = {}
-        self._projections: dict[int, Any] = {}
+        self._now: dict[int, tuple[Tensor, Tensor, Any, Any]] = {}  # stream, modulation, block, attention
         self._handles: list[Any] = []
         for _, model, _ in transformers_of(pipe):
             for layer, (path, module) in enumerate(attention_layers(model)):
@@ -225,8 +225,7 @@ class Streams:
             hidden, temb = given.get("hidden_states"), given.get("temb")
             self._now.clear()  # of the block before: activations of all layers would fill the memory
             if isinstance(hidden, Tensor) and isinstance(temb, Tensor) and temb.ndim == 3:
-                self._now[layer] = hidden, temb
-                self._projections[layer] = (block, module)
+                self._now[layer] = hidden, temb, block, module
 
         return read
 
@@ -234,8 +233,7 @@ class Streams:
         """Gated output projection (H, D, C) of the call's heads, and the stream (R, C) at the rows; or None twice."""
         if call.layer not in self._now or call.grid.text:
             return None, None
-        hidden, temb = self._now[call.layer]
-        block, module = self._projections[call.layer]
+        hidden, temb, block, module = self._now[call.layer]
         weight, table = module.to_out[0].weight, block.scale_shift_table
         heads, width = call.query.shape[2], call.value.shape[3]
         fits = weight.shape[-1] == heads * width and hidden.shape[1] == call.grid.tokens
@@ -328,11 +326,10 @@ class Watcher:
             self._open.pop(part, None)
             if info is None or info.num_steps is None:
                 return
-            edges = bucket_edges(info.num_steps)
-            for bucket in range(forced_buckets(info.num_steps), len(edges) - 1):
-                if probe_step(edges, bucket) == info.step and bucket not in self.forwards:
-                    given = {**dict(zip(names, args, strict=False)), **kwargs}
-                    self._open[part] = bucket, {k: _kept(v) for k, v in given.items()}
+            bucket = probed_bucket(info.step, info.num_steps)
+            if bucket is not None and bucket not in self.forwards:
+                given = {**dict(zip(names, args, strict=False)), **kwargs}
+                self._open[part] = bucket, {k: _kept(v) for k, v in given.items()}
 
         return before
 

@@ -24,19 +24,21 @@ def default_call(pipe: Any) -> tuple[dict[str, Any], bool]:
     The included model takes its preview size; any other pipeline its own defaults.
     """
     from ..pipelines.embedded import DEFAULTS, folder
+    from ..pipelines.hosts import host_arguments
 
-    names = {"frames": "num_frames", "steps": "num_inference_steps"}
     place = getattr(getattr(pipe, "config", {}), "get", lambda *_: None)("_name_or_path")
     if not place or Path(str(place)) != folder():
         return {}, False
-    return {names.get(name, name): value for name, value in DEFAULTS.items()}, True
+    return host_arguments(DEFAULTS), True
 
 
 def argument(pipe: Any, call: Mapping[str, Any], name: str) -> Any:
     """An argument of the pipeline's call: the one given, or the pipeline's default."""
     if call.get(name) is not None:
         return call[name]
-    parameter = inspect.signature(pipe.__call__).parameters.get(name)
+    from ..pipelines.hosts import accepted
+
+    parameter = accepted(pipe).get(name)
     return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
 
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..methods.tuned import candidate_layout, kept_blocks
-from ..order import video_blocks
+from ..methods.tuned import kept_share
 from .allocate import allocate, allowed_by
 from .candidates import DENSE, Candidate
 from .cost import CostTable
 from .headplan import HeadPlan
+from .oracle import ordered
 from .probe import ProbeResult, forced_buckets
 
 __all__ = ["Problem", "Solution", "kappa_of", "layer_groups"]
@@ -48,13 +48,11 @@ class Solution:
         plan: the candidate of every head.
         error: predicted error, in the unit of the limit.
         time: predicted milliseconds of attention of one guidance branch over the whole run, dense steps included.
-        met: whether limit or budget is kept.
     """
 
     plan: HeadPlan
     error: float
     time: float
-    met: bool
 
 
 class Problem:
@@ -63,28 +61,22 @@ class Problem:
     Args:
         probe: what the oracle says.
         costs: times of candidates.
-        kappa: (buckets,), weight of a step's velocity error; None: the prior.
+
+    Attributes:
+        kappa: (buckets,), weight of a step's velocity error; the prior at first.
     """
 
-    def __init__(self, probe: ProbeResult, costs: CostTable, kappa: NDArray[np.float64] | None = None) -> None:
+    def __init__(self, probe: ProbeResult, costs: CostTable) -> None:
         self.probe, self.costs, self.edges = probe, costs, probe.edges
-        self.kappa = kappa_of(self.edges) if kappa is None else kappa
+        self.kappa = kappa_of(self.edges)
         self.forced = forced_buckets(probe.steps)
         self.errors = probe.tables["a"] + probe.tables["a_error"]
         self.buckets, self.layers, self.heads = self.errors.shape[:3]
         self.weights = np.ones((self.buckets, self.layers))
         self.lengths = np.diff(self.edges)
-        self.shares = np.array([self._share(c) for c in probe.candidates])
-        self.times = np.array([costs.tau(c, s) for c, s in zip(probe.candidates, self.shares, strict=True)])
-
-    def _share(self, candidate: Candidate) -> float:
-        """Share of the key blocks that it keeps on this grid."""
-        if candidate.is_dense:
-            return 1.0
-        grid = self.probe.grid
-        blocks = candidate_layout(grid, candidate.order)
-        text = blocks.blocks - video_blocks(blocks, grid)
-        return (kept_blocks(candidate, blocks, grid) + text) / blocks.blocks
+        layouts = ordered(probe.grid)
+        self.shares = np.array([kept_share(c, layouts[c.order], probe.grid) for c in probe.candidates])
+        self.times = costs.times(probe.candidates, self.shares)
 
     def solve(self, *, limit: float | None = None, budget: float | None = None) -> Solution:
         """The plan of least time within a predicted error, or of least error within a time (milliseconds in all)."""
@@ -99,7 +91,7 @@ class Problem:
         choices = np.zeros((self.buckets, self.layers, self.heads), dtype=np.uint8)
         choices[free] = found.choice
         plan = HeadPlan(candidates, self.edges, choices)
-        return Solution(plan.remapped(candidates), found.error, found.time + self.forced_time(), found.met)
+        return Solution(plan.remapped(candidates), found.error, found.time + self.forced_time())
 
     def forced_time(self) -> float:
         """Milliseconds of the steps that are dense in any case."""
@@ -123,8 +115,8 @@ class Problem:
         each = np.take_along_axis(self.errors, cost.argmin(-1)[..., None], -1)[..., 0].sum(-1)
         return float(((self.kappa * self.lengths)[free, None] * self.weights[free] * each[free]).sum())
 
-    def group_plan(self, bucket: int, group: range) -> HeadPlan | None:
-        """One bucket's plan with only this group of layers at a fixed candidate; None where there is none."""
+    def group_plan(self, group: range) -> HeadPlan | None:
+        """A plan for any bucket with only this group of layers at a fixed candidate; None where there is none."""
         wanted = Candidate(*FIXED)
         sparse = [i for i, c in enumerate(self.probe.candidates) if not c.is_dense]
         if not sparse:

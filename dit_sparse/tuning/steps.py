@@ -217,7 +217,7 @@ class Steps:
             problem, found = self.problem, self.problem.weights.copy()
             for bucket, forward in sorted(self.forwards.items()):
                 for group in layer_groups(problem.layers):
-                    plan = problem.group_plan(bucket, group)
+                    plan = problem.group_plan(group)
                     said = 0.0 if plan is None else problem.group_error(plan, bucket)
                     if plan is not None and said > 0:
                         found[bucket, list(group)] = max(1e-6, self.velocity(plan, forward) / said)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -114,6 +113,7 @@ def weights_digest(models: Iterable[nn.Module]) -> str:
 
 def _write(file: Path, content: bytes) -> None:
     """All of it or nothing."""
-    part = file.with_name(file.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, file)
+    from ..pipelines.video_io import finished_file
+
+    with finished_file(file) as part:
+        part.write_bytes(content)

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from .link import mse_of, psnr_of
 
-__all__ = ["STATISTICS", "Target", "measure"]
+__all__ = ["SIGNS", "STATISTICS", "Target", "measure"]
 
 STATISTICS = ("mean", "min")
-_SIGNS = {"psnr": ">=", "ssim": ">=", "lpips": "<=", "speedup": ">="}
+SIGNS = {"psnr": ">=", "ssim": ">=", "lpips": "<=", "speedup": ">="}
 _RANGES = {"psnr": (0.0, 1000.0), "ssim": (0.0, 1.0), "lpips": (0.0, 1.0), "speedup": (0.01, 1000.0)}
 MARGIN_DB, MARGIN = 0.5, 0.05  # above the target in the closed loop: of psnr, and as a share of the other measures
 CAP = 100.0  # dB, where two clips count as equal
@@ -57,7 +57,7 @@ class Target:
             ValueError: not such a text, or a value out of range; one line.
         """
         found = re.fullmatch(r"\s*([a-z]+)\s*(>=|<=)\s*([0-9.]+(?:e-?\d+)?)\s*", str(text))
-        if found is None or found[1] not in _SIGNS or found[2] != _SIGNS[found[1]]:
+        if found is None or found[1] not in SIGNS or found[2] != SIGNS[found[1]]:
             raise ValueError(f"target={text!r} is not allowed; write psnr>=30, ssim>=0.9, lpips<=0.1 or speedup>=1.5")
         low, high = _RANGES[found[1]]
         try:
@@ -69,7 +69,7 @@ class Target:
         return cls(found[1], value)
 
     def __str__(self) -> str:
-        return f"{self.metric}{_SIGNS[self.metric]}{self.value:g}"
+        return f"{self.metric}{SIGNS[self.metric]}{self.value:g}"
 
     @property
     def by_time(self) -> bool:

@@ -50,7 +50,7 @@ def preset_of(run: Any, found: Verified) -> TunedPreset:
     from .. import __version__
 
     plan = found.plan
-    grid, device = run.problem.probe.grid, run.pipe.device if hasattr(run.pipe, "device") else run.model.device
+    grid, device = run.problem.probe.grid, run.device()
     identity = model_identity(run.model)
     identity["heads"] = identity["heads"] or plan.heads
     scale = argument(run.pipe, run.call, "guidance_scale")

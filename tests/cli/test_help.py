@@ -104,6 +104,7 @@ def test_json_of_runs_and_scores(dit_sparse, tiny_folder: Path, tmp_path: Path) 
 
 def test_defaults_in_the_help_are_those_of_the_included_model() -> None:
     from dit_sparse import SparseProc
+    from dit_sparse.commands.settings import PREVIEW
     from dit_sparse.pipelines.embedded import DEFAULTS
 
     texts = {parameter.name: parameter.help for parameter in COMMANDS["generate"].params}
@@ -111,4 +112,4 @@ def test_defaults_in_the_help_are_those_of_the_included_model() -> None:
     assert texts["guidance"].endswith(f"own: {DEFAULTS['guidance_scale']:g}.")
     assert texts["size"].endswith(f"own: {DEFAULTS['width']}x{DEFAULTS['height']}x{DEFAULTS['frames']}.")
     assert f"else {SparseProc.default_method};" in texts["method"]
-    assert SparseProc().method.density is None and texts["density"].endswith("auto: by its error bound.")
+    assert texts["density"].endswith(f"own: {PREVIEW['density']:g}.")

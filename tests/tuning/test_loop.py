@@ -30,11 +30,11 @@ class Problem:
     def solve(self, limit: float = 0.0, budget: float | None = None) -> Solution:
         kinds = (DENSE, Candidate("soft", "tile", 0.2))
         if budget is not None or limit < self.least:
-            return Solution(HeadPlan(kinds, (0, 1), np.zeros((1, 3, 8), dtype=np.uint8)), 0.0, 100.0, True)
+            return Solution(HeadPlan(kinds, (0, 1), np.zeros((1, 3, 8), dtype=np.uint8)), 0.0, 100.0)
         # Sixteen binary digits of the error, so that plans of different errors differ.
         digits = [int(x) for x in f"{min(2**24 - 1, int((math.log10(limit) + 10) * 1e6)):024b}"]
         choices = np.array(digits, dtype=np.uint8).reshape(1, 3, 8)
-        return Solution(HeadPlan(kinds, (0, 1), choices), limit, 50 - 10 * math.log10(limit), True)
+        return Solution(HeadPlan(kinds, (0, 1), choices), limit, 50 - 10 * math.log10(limit))
 
     def kept(self, plan: HeadPlan) -> list[float]:
         return plan.densities()
