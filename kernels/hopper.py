@@ -15,8 +15,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .blocks import Blocks
+from .hopper_cuda import block_sparse_attention_cuda, cuda_reasons
 from .hopper_kernel import MAX_REGISTERS, attention_kernel
 from .hopper_plan import (
+    CUDA_FIRST,
     QUERY_BLOCK,
     Plan,
     Tuning,
@@ -54,6 +56,9 @@ def block_sparse_attention_hopper(
     Returns:
         out (B, Lq, H, Dv) in the query's dtype, LSE (B, H, Lq) float32.
     """
+    tuning = tuning or Tuning()
+    if (CUDA_FIRST if tuning.cuda is None else tuning.cuda) and not cuda_reasons(query, key, value, blocks):
+        return block_sparse_attention_cuda(query, key, value, blocks, scale, tuning)
     B, Lq, H, _ = query.shape
     out = torch.empty(B, Lq, H, value.shape[3], dtype=query.dtype, device=query.device)
     lse = torch.empty(B, H, Lq, dtype=torch.float32, device=query.device)

@@ -19,6 +19,8 @@ from .blocks import Blocks
 QUERY_BLOCK = 128
 KEY_BLOCKS = (64, 128)
 MAX_HEAD_DIM = 128
+# Whether calls that the kernel in CUDA C++ can run go to it without being asked to.
+CUDA_FIRST = False
 
 
 @torch.compiler.assume_constant_result  # what a compiler traces ends here
@@ -89,11 +91,13 @@ class Tuning:
         ragged_boxes: copy tiles that the grid cuts straight from the activations as well.
         longest_first: start the longest lists first, or keep the order of heads and blocks; None: by their number, see
             `portable.launch_order`.
+        cuda: take the kernel in CUDA C++ where it can run, else the one in Gluon; None: as `CUDA_FIRST` says.
     """
 
     persistent: bool | None = None
     ragged_boxes: bool = False
     longest_first: bool | None = None
+    cuda: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,7 @@ def test_data_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
     for file in (file for file in weights.rglob("*") if file.is_file()):
         assert f"dit_sparse/pipelines/embedded/weights/{file.relative_to(weights).as_posix()}" in names
     assert "dit_sparse/eval/measures/niqe.json" in names
+    assert {f"dit_sparse/kernels/cuda/{file.name}" for file in (ROOT / "kernels/cuda").iterdir()} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"dit_sparse"}

@@ -1,0 +1,346 @@
+// Block-sparse attention forward with log-sum-exp for compute capability 9.0a.
+//
+// One program computes tiles of 128 queries of one head, one after the other. Warps have roles: of the first group of
+// four, one decides which tile is next, one copies keys and values into a ring of shared memory, two read queries that
+// go through an index; two consumer groups compute 64 queries each and never wait for each other. The order inside a
+// consumer is FlashAttention-3's (arXiv 2407.08608): the scores of a block are started, then the output of the block
+// before it, and the softmax runs under the latter.
+//
+// Macros: WIDTH, head dim in shared memory, 64 or 128. KEYS, of one product: a block of 128 or half of one. STAGES,
+// how many of these are in the ring, keys and values together. PROGRAMS, how many run on a multiprocessor at a time.
+// PERMUTED, queries and outputs go through an index. FP16, the type of the activations, else bfloat16.
+// QUERIES_IN_REGISTERS, PINGPONG, LAZY and SOFTMAX_FIRST choose how the same is computed.
+#include "producer.cuh"
+
+// Scores of 64 queries and one block of keys, started.
+__device__ __forceinline__ void start_scores(float (&score)[KEYS / 2], uint64 query, const uint32* query_registers,
+                                             int stage) {
+    const uint64 key = operand(shared_address(memory) + RING, 0, 1024) + stage * (BLOCK_BYTES / 16);
+#pragma unroll
+    for (int k = 0; k < WIDTH / 16; k++) {
+        const int step = (k / 4 * HALF_BYTES + k % 4 * 32) / 16;
+        if (QUERIES_IN_REGISTERS)
+            wgmma_registers(score, query_registers + 4 * k, key + step, k > 0);
+        else
+            wgmma_shared(score, query + (k / 4 * QUERY_HALF_BYTES + k % 4 * 32) / 16, key + step, k > 0);
+    }
+    wgmma_commit();
+}
+
+// Adds the weighted values of one block, started.
+__device__ __forceinline__ void start_output(float (&out)[WIDTH / 2], const uint32 (&weight)[KEYS / 4], int stage) {
+    const uint64 value = operand(shared_address(memory) + RING, HALF_BYTES, 1024) + stage * (BLOCK_BYTES / 16);
+#pragma unroll
+    for (int k = 0; k < KEYS / 16; k++) wgmma_transposed(out, weight + 4 * k, value + k * (16 * 128 / 16), 1);
+    wgmma_commit();
+}
+
+// -inf for what lies beyond the keys of a short block.
+__device__ __forceinline__ void cut(float (&score)[KEYS / 2], int length, int lane) {
+    const int left = length - lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < KEYS / 2; i++)
+        if (i / 4 * 8 + i % 2 >= left) score[i] = -INFINITY_;
+}
+
+// What a thread knows of its two rows: the number that scores are measured from, and its part of the sum of weights.
+struct Rows {
+    float base[2], sum[2];
+};
+
+__device__ __forceinline__ float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFF, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xFFFFFFFF, x, 2));
+}
+
+// Largest score of each row, those before included.
+__device__ __forceinline__ void largest(const float (&score)[KEYS / 2], const Rows& rows, float (&top)[2]) {
+#pragma unroll
+    for (int u = 0; u < 2; u++) {
+        float a = fmaxf(rows.base[u], score[2 * u]), b = score[2 * u + 1];
+#pragma unroll
+        for (int j = 1; j < KEYS / 8; j++) {
+            a = fmaxf(a, score[4 * j + 2 * u]);
+            b = fmaxf(b, score[4 * j + 2 * u + 1]);
+        }
+        top[u] = quad_max(fmaxf(a, b));
+    }
+}
+
+// Scores become weights exp2(scale (score - base)); adds them up.
+template <bool TESTED>
+__device__ __forceinline__ void weigh(float (&score)[KEYS / 2], Rows& rows, float scale_log2) {
+#pragma unroll
+    for (int u = 0; u < 2; u++) {
+        // A query that has met no key yet keeps -inf: subtract 0 there.
+        const float base = TESTED && rows.base[u] == -INFINITY_ ? 0.0f : rows.base[u] * scale_log2;
+        float a = 0.0f, b = 0.0f;
+#pragma unroll
+        for (int j = 0; j < KEYS / 8; j++) {
+            float& first = score[4 * j + 2 * u];
+            float& second = score[4 * j + 2 * u + 1];
+            first = exp2_fast(first * scale_log2 - base);
+            second = exp2_fast(second * scale_log2 - base);
+            a += first;
+            b += second;
+        }
+        rows.sum[u] += a + b;
+    }
+}
+
+__device__ __forceinline__ void pack_all(uint32 (&weight)[KEYS / 4], const float (&score)[KEYS / 2]) {
+#pragma unroll
+    for (int i = 0; i < KEYS / 4; i++) weight[i] = pack(score[2 * i], score[2 * i + 1]);
+}
+
+// Scores become weights; shrink: what multiplies the sums before. Returns whether anything is to be multiplied.
+template <bool TESTED>
+__device__ __forceinline__ bool soften(float (&score)[KEYS / 2], Rows& rows, float (&shrink)[2], float scale_log2) {
+    float top[2];
+    largest(score, rows, top);
+    bool rescale = true;
+    if (LAZY) {
+        const float step = LAZY_STEP / scale_log2;
+        rescale = __any_sync(0xFFFFFFFF, top[0] > rows.base[0] + step || top[1] > rows.base[1] + step);
+    }
+    if (rescale) {
+#pragma unroll
+        for (int u = 0; u < 2; u++) {
+            const float base = TESTED && top[u] == -INFINITY_ ? 0.0f : top[u];
+            shrink[u] = exp2_fast((rows.base[u] - base) * scale_log2);
+            rows.base[u] = top[u];
+            rows.sum[u] *= shrink[u];
+        }
+    }
+    weigh<TESTED>(score, rows, scale_log2);
+    pin(score);
+    return rescale;
+}
+
+__device__ __forceinline__ void scale_rows(float (&out)[WIDTH / 2], const float (&shrink)[2]) {
+#pragma unroll
+    for (int i = 0; i < WIDTH / 2; i++) out[i] *= shrink[i / 2 % 2];
+}
+
+// Gives a place of the ring back: every warp says that it has read it.
+__device__ __forceinline__ void give_back(int stage, int lane) {
+    if (lane == 0) mbarrier_arrive(shared_address(&shared().free[stage]));
+}
+
+__device__ __forceinline__ void await(Place place) {
+    mbarrier_wait(shared_address(&shared().ready[place.stage]), place.phase);
+}
+
+// Scores and softmax of the block at `place`, output of the block before it.
+template <bool TESTED>
+__device__ __forceinline__ void step(float (&score)[KEYS / 2], float (&out)[WIDTH / 2], uint32 (&weight)[KEYS / 4],
+                                     Rows& rows, uint64 query, const uint32* query_registers, Place& place,
+                                     float scale_log2, int group, int lane) {
+    const Place key = place;
+    place.next();
+    const Place value = place;
+    place.next();
+    await(key);
+    if (PINGPONG) named_sync(3 + group, 256);
+    wgmma_fence();
+    start_scores(score, query, query_registers, key.stage);
+    await(value);
+    wgmma_fence();
+    start_output(out, weight, value.stage);
+    if (PINGPONG) named_arrive(4 - group, 256);
+    wgmma_wait<1>();
+    pin(score);
+    if (TESTED) {
+        const int length = shared().lengths[key.stage];
+        __syncwarp();  // all lanes have read it
+        give_back(key.stage, lane);
+        if (length < KEYS) cut(score, length, lane);
+    } else {
+        give_back(key.stage, lane);
+    }
+    float shrink[2];
+    const bool rescale = soften<TESTED>(score, rows, shrink, scale_log2);
+    // What is waited for here is used next; the loop in it keeps the assembler from moving the softmax behind the wait.
+    if (SOFTMAX_FIRST) await(place);
+    wgmma_wait<0>();
+    pin(out);
+    give_back(value.stage, lane);
+    if (rescale) scale_rows(out, shrink);
+    pack_all(weight, score);
+}
+
+// Writes 16 queries of a warp, in shared memory at `source`, row by row through the index.
+__device__ __forceinline__ void scatter(const Arguments& arguments, const Tile& here, uint32 source, int first,
+                                        int lane) {
+    constexpr int PIECES = WIDTH / 8, ROWS = 32 / PIECES;
+    const int piece = lane % PIECES;
+    const int64* index =
+        arguments.index + here.batch * arguments.index_b + here.head * arguments.index_h + here.block * QUERIES + first;
+#pragma unroll
+    for (int row = lane / PIECES; row < 16; row += ROWS) {
+        const int64 token = index[row];
+        const uint4 numbers = load_16(source + piece / 8 * QUERY_HALF_BYTES + row * 128 + (piece % 8 ^ row % 8) * 16);
+        const int64 target = (here.batch * static_cast<int64>(arguments.tokens) + token) * arguments.heads + here.head;
+        if (token >= 0 && piece * 8 < arguments.value_dim)
+            *reinterpret_cast<uint4*>(arguments.out_rows + (target * arguments.value_dim + piece * 8) * 2) = numbers;
+    }
+}
+
+// Divides by the sums and writes output and log-sum-exp of the 16 queries of a warp.
+__device__ __forceinline__ void finish(const Arguments& arguments, const Tile& here, float (&out)[WIDTH / 2],
+                                       const Rows& rows, int slot, int warp, int lane) {
+    float factor[2];
+#pragma unroll
+    for (int u = 0; u < 2; u++) {
+        float sum = rows.sum[u];
+        sum += __shfl_xor_sync(0xFFFFFFFF, sum, 1);
+        sum += __shfl_xor_sync(0xFFFFFFFF, sum, 2);
+        // Queries without a key give 0 and -inf.
+        const bool empty = sum == 0.0f;
+        factor[u] = empty ? 0.0f : 1.0f / sum;
+        const float lse = empty ? -INFINITY_ : (rows.base[u] * arguments.scale_log2 + __log2f(sum)) * LN_2;
+        int64 token = here.block * QUERIES + warp * 16 + lane / 4 + 8 * u;
+        if (PERMUTED) token = arguments.index[here.batch * arguments.index_b + here.head * arguments.index_h + token];
+        if (lane % 4 == 0 && token >= 0 && token < arguments.tokens)
+            arguments.lse[(static_cast<int64>(here.batch) * arguments.heads + here.head) * arguments.tokens + token] =
+                lse;
+    }
+    const uint32 target = shared_address(memory) + slot * QUERY_BYTES + warp * 16 * 128;
+    const int row = lane % 16;
+#pragma unroll
+    for (int j = 0; j < WIDTH / 16; j++) {
+        const float* x = out + 8 * j;
+        matrices_store(target + j / 4 * QUERY_HALF_BYTES + row * 128 + ((j % 4 * 2 + lane / 16) ^ row % 8) * 16,
+                       pack(x[0] * factor[0], x[1] * factor[0]), pack(x[2] * factor[1], x[3] * factor[1]),
+                       pack(x[4] * factor[0], x[5] * factor[0]), pack(x[6] * factor[1], x[7] * factor[1]));
+    }
+    if (PERMUTED) {
+        __syncwarp();
+        scatter(arguments, here, target, warp * 16, lane);
+    } else {
+        fence_async_shared();
+        __syncwarp();
+        if (lane == 0) {
+#pragma unroll
+            for (int half = 0; half < HALVES; half++)
+                bulk_store(&arguments.out, target + half * QUERY_HALF_BYTES, half * 64,
+                           here.block * QUERIES + warp * 16, here.head, here.batch);
+            bulk_commit();
+        }
+    }
+}
+
+// Group `group` of the consumers: its 64 queries of each tile.
+__device__ __forceinline__ void consume(const Arguments& arguments, int group, int lane) {
+    const int warp = group * 4 + threadIdx.x / 32 % 4;
+    const float scale_log2 = arguments.scale_log2;
+    Place place = {0, 0};
+    if (PINGPONG && group == 1) named_arrive(3, 256);
+    for (uint32 round = 0;; round++) {
+        const int slot = round % SLOTS;
+        const uint32 phase = round / SLOTS & 1;
+        const Tile& here = shared().tiles[slot];
+        mbarrier_wait(shared_address(&shared().tile_ready[slot]), phase);
+        const int whole = here.whole * PARTS, real = here.real * PARTS;
+        if (real < 0) break;
+        mbarrier_wait(shared_address(&shared().query_ready[slot]), phase);
+        const uint32 query_at = shared_address(memory) + slot * QUERY_BYTES;
+        const uint64 query = operand(query_at + group * (64 * 128), 0, 1024);
+        uint32 query_registers[QUERIES_IN_REGISTERS ? WIDTH / 4 : 1];
+        if (QUERIES_IN_REGISTERS) {
+            const int row = warp * 16 + lane % 16;
+#pragma unroll
+            for (int k = 0; k < WIDTH / 16; k++) {
+                const int piece = (k % 4 * 2 + lane / 16) ^ row % 8;
+                matrices_load(reinterpret_cast<uint32(&)[4]>(query_registers[4 * k]),
+                              query_at + k / 4 * QUERY_HALF_BYTES + row * 128 + piece * 16);
+            }
+        }
+        float score[KEYS / 2], out[WIDTH / 2];
+        uint32 weight[KEYS / 4];
+        Rows rows = {{-INFINITY_, -INFINITY_}, {0.0f, 0.0f}};
+#pragma unroll
+        for (int i = 0; i < WIDTH / 2; i++) out[i] = 0.0f;
+        if (real > 0) {
+            await(place);
+            wgmma_fence();
+            start_scores(score, query, query_registers, place.stage);
+            wgmma_wait<0>();
+            pin(score);
+            const int length = shared().lengths[place.stage];
+            __syncwarp();
+            give_back(place.stage, lane);
+            place.next();
+            if (length < KEYS) cut(score, length, lane);
+            largest(score, rows, rows.base);
+            weigh<true>(score, rows, scale_log2);
+            pack_all(weight, score);
+        }
+        if (!PERMUTED && round && lane == 0) {
+            // The last tile's output has long been read by now: its memory takes the queries of the next tile.
+            bulk_wait_read();
+            mbarrier_arrive(shared_address(&shared().query_free[slot ^ 1]));
+        }
+        if (real > 0) {
+            int i = 1;
+#pragma unroll 1
+            for (; i < whole; i++)
+                step<false>(score, out, weight, rows, query, query_registers, place, scale_log2, group, lane);
+#pragma unroll 1
+            for (; i < real; i++)
+                step<true>(score, out, weight, rows, query, query_registers, place, scale_log2, group, lane);
+            await(place);
+            wgmma_fence();
+            start_output(out, weight, place.stage);
+            wgmma_wait<0>();
+            pin(out);
+            give_back(place.stage, lane);
+            place.next();
+        }
+        // The output leaves through the queries' memory, which all warps of the group have read.
+        if (!QUERIES_IN_REGISTERS) named_sync(1 + group, 128);
+        finish(arguments, here, out, rows, slot, warp, lane);
+        __syncwarp();
+        if (lane == 0) {
+            mbarrier_arrive(shared_address(&shared().tile_free[slot]));
+            if (PERMUTED) mbarrier_arrive(shared_address(&shared().query_free[slot]));
+        }
+    }
+    if (!PERMUTED && lane == 0) bulk_wait_read();
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attention(const __grid_constant__ Arguments arguments) {
+    const int warp = __shfl_sync(0xFFFFFFFF, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; i++) {
+            mbarrier_init(shared_address(&shared().ready[i]), 1);
+            mbarrier_init(shared_address(&shared().free[i]), CONSUMER_WARPS);
+        }
+        for (int i = 0; i < SLOTS; i++) {
+            mbarrier_init(shared_address(&shared().query_ready[i]), PERMUTED ? 32 * GATHER_WARPS : 1);
+            mbarrier_init(shared_address(&shared().query_free[i]), CONSUMER_WARPS);
+            mbarrier_init(shared_address(&shared().tile_ready[i]), 1);
+            mbarrier_init(shared_address(&shared().tile_free[i]), CONSUMER_WARPS + 1 + (PERMUTED ? GATHER_WARPS : 0));
+        }
+        fence_barrier_init();
+        prefetch_map(&arguments.key);
+        prefetch_map(&arguments.value);
+        if (!PERMUTED) {
+            prefetch_map(&arguments.query);
+            prefetch_map(&arguments.out);
+        }
+    }
+    __syncthreads();
+    if (warp < 4) {
+        fewer_registers<PRODUCER_REGISTERS>();
+        if (warp == 0)
+            produce(arguments, lane);
+        else if (warp == 1)
+            schedule(arguments, lane);
+        else if (PERMUTED)
+            gather(arguments, warp - 2, lane);
+    } else {
+        more_registers<CONSUMER_REGISTERS>();
+        consume(arguments, warp / 4 - 1, lane);
+    }
+}

@@ -1,0 +1,165 @@
+"""Hopper kernel in CUDA C++: block-sparse attention forward with LSE for compute capability 9.0, launched from here.
+
+It runs what most calls are: blocks of 128 by 128 without window and key mask, in raster order or through an index. The
+source is `cuda/attention.cu`, the compiler `nvrtc`. Importing this module needs neither.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import nvrtc
+from .blocks import Blocks
+from .hopper_plan import QUERY_BLOCK, Tuning, bulk_readable, bulk_strides, common_box, hopper_reasons
+
+__all__ = ["Ways", "block_sparse_attention_cuda", "cuda_reasons"]
+
+THREADS = 384
+SHARED = 232448
+_POINTERS = ("query_rows", "out_rows", "lse", "lists", "whole", "boundary", "order", "key_lengths", "index", "counter")
+_STRIDES = ("list_b", "list_h", "list_q", "count_b", "count_h", "count_q", "index_b", "index_h", "query_b", "query_n",
+            "query_h")
+_NUMBERS = ("heads", "tokens", "query_blocks", "tiles", "head_dim", "value_dim")
+
+
+class _Arguments(ctypes.Structure):
+    """`Arguments` of the source, which lies at multiples of 64 bytes: hence what fills it up."""
+
+    _fields_ = [
+        *((name, nvrtc.TensorMap) for name in ("query", "key", "value", "out")),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_int64) for name in _STRIDES),
+        *((name, ctypes.c_int32) for name in _NUMBERS),
+        ("scale_log2", ctypes.c_float),
+        ("rest", ctypes.c_char * 56),
+    ]
+
+
+ARGUMENT_BYTES = ctypes.sizeof(_Arguments) // 64 * 64
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How a call is computed; the results are the same up to rounding.
+
+    Args:
+        persistent: one program per multiprocessor takes tile after tile, instead of one program per tile.
+        dynamic: persistent programs take the next free tile, instead of every n-th.
+        queries_in_registers: read the queries of a tile once, instead of for every block.
+        pingpong: the two consumer groups take turns at starting products, as in FlashAttention-3.
+        lazy: rescale sums only where a maximum grew by more than 2^8.
+        keys: of one product, 64 or 128.
+        programs: on a multiprocessor at a time, 1 or 2; 2 need 64 keys and head dims up to 64.
+        softmax_first: compute the weights of a block before waiting for the output of the one before it.
+    """
+
+    persistent: bool = True
+    dynamic: bool = False
+    queries_in_registers: bool = False
+    pingpong: bool = False
+    lazy: bool = False
+    softmax_first: bool = False
+    keys: int = 128
+    programs: int = 1
+
+
+def cuda_reasons(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks) -> list[str]:
+    """Why this kernel cannot run these tensors, in words; empty when it can."""
+    reasons = hopper_reasons(query, key, value, blocks)
+    if why := nvrtc.missing():
+        reasons.append(why)
+    for what, there in (("a window", blocks.coordinates), ("a key mask", blocks.key_mask is not None),
+                        ("tiles copied as boxes", common_box(blocks) is not None),
+                        (f"blocks of {blocks.key_block} keys", blocks.key_block != QUERY_BLOCK),
+                        ("an index on one side only", (blocks.query_index is None) != (blocks.key_index is None))):
+        if there:
+            reasons.append(f"the CUDA kernel computes no call with {what}")
+    return reasons
+
+
+def variant(dtype: torch.dtype, head_dim: int, value_dim: int, permuted: bool, ways: Ways) -> dict[str, int]:
+    """The macros of the source for a call."""
+    width = 64 if max(head_dim, value_dim) <= 64 else 128
+    # Beside the queries of two tiles, five blocks of 128 numbers a token fill the shared memory.
+    stages = 5 * 128 // ways.keys if width == 128 else 8
+    # A multiprocessor keeps 1 KiB of its memory back for each program.
+    shared = SHARED // ways.programs - 1024 * (ways.programs - 1)
+    return dict(
+        WIDTH=width, KEYS=ways.keys, PROGRAMS=ways.programs, STAGES=stages, PERMUTED=int(permuted),
+        QUERIES_IN_REGISTERS=int(ways.queries_in_registers), PINGPONG=int(ways.pingpong), LAZY=int(ways.lazy),
+        SOFTMAX_FIRST=int(ways.softmax_first), ARGUMENT_BYTES=ARGUMENT_BYTES, SHARED_BYTES=shared,
+    ) | ({"FP16": 1} if dtype == torch.float16 else {})
+
+
+def block_sparse_attention_cuda(
+    query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float, tuning: Tuning | None = None,
+    ways: Ways | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Block-sparse attention by the Hopper kernel in CUDA C++.
+
+    Args:
+        query (B, Lq, H, D), key (B, Lk, H, D), value (B, Lk, H, Dv): bfloat16 or float16, any strides; strides that
+            bulk copies cannot read cost a copy.
+        blocks: which key blocks each query block computes; `cuda_reasons` says what is not allowed.
+        scale: factor of the scores, positive.
+
+    Expert args:
+        tuning: of it, whether programs are persistent, and the order of tiles.
+        ways: how to compute it; None: as measured to be fastest.
+
+    Returns:
+        out (B, Lq, H, Dv) in the query's dtype, LSE (B, H, Lq) float32.
+    """
+    from .portable import LOG2_E, _broadcast_strides, _on_device, gather_slots, launch_order
+
+    tuning = tuning or Tuning()
+    ways = ways or Ways(persistent=tuning.persistent is not False)
+    B, Lq, H, D = query.shape
+    DV = value.shape[3]
+    out = torch.empty(B, Lq, H, DV, dtype=query.dtype, device=query.device)
+    lse = torch.empty(B, H, Lq, dtype=torch.float32, device=query.device)
+    if not out.numel():
+        return out, lse
+    if not key.numel():
+        return out.zero_(), lse.fill_(-torch.inf)
+    index = blocks.query_index
+    with _on_device(query.device):
+        if blocks.key_index is not None:
+            key, value = gather_slots(key, value, blocks.key_index, blocks.key_blocks * blocks.key_block)
+        key, value = bulk_readable(key), bulk_readable(value)
+        query = bulk_readable(query)
+        a = _Arguments()
+        macros = variant(query.dtype, D, DV, index is not None, ways)
+        tiles = B * H * blocks.query_blocks
+        a.key, a.value = (_describe(x, ways.keys) for x in (key, value))
+        if index is None:
+            a.query, a.out = _describe(query, QUERY_BLOCK), _describe(out, 16)
+        order = launch_order(blocks.whole + blocks.boundary, B, H, longest_first=tuning.longest_first)
+        processors = torch.cuda.get_device_properties(query.device).multi_processor_count
+        counter = (torch.zeros(1, dtype=torch.int32, device=query.device)
+                   if ways.persistent and ways.dynamic else None)
+        tensors = (query, out, lse, blocks.lists, blocks.whole, blocks.boundary, order, blocks.key_lengths, index,
+                   counter)
+        for name, x in zip(_POINTERS, tensors, strict=True):
+            setattr(a, name, None if x is None else x.data_ptr())
+        steps = (*_broadcast_strides(blocks.lists)[:3], *_broadcast_strides(blocks.whole),
+                 *((0, 0) if index is None else _broadcast_strides(index)[:2]), *query.stride()[:3])
+        for name, number in zip(_STRIDES, steps, strict=True):
+            setattr(a, name, number)
+        for name, number in zip(_NUMBERS, (H, Lq, blocks.query_blocks, tiles, D, DV), strict=True):
+            setattr(a, name, number)
+        a.scale_log2 = scale * LOG2_E
+        kernel = nvrtc.load("attention.cu", "attention", macros, macros["SHARED_BYTES"])
+        kernel.launch(min(tiles, ways.programs * processors) if ways.persistent else tiles, THREADS, a)
+    return out, lse
+
+
+def _describe(x: Tensor, rows: int) -> nvrtc.TensorMap:
+    """Map of x (B, L, H, D), copied `rows` tokens of one head and 64 numbers of each at a time."""
+    B, L, H, D = x.shape
+    b, h, n, _ = bulk_strides(x)
+    return nvrtc.tensor_map(x, (D, L, H, B), (n, h, b), (64, rows, 1, 1))
