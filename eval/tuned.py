@@ -20,7 +20,7 @@ from typing import Any
 
 from .attention_time import Times
 from .density_search import LOWEST, Found, Prior, found_at, next_density, on_line
-from .methods import Comparison, entry_of
+from .methods import SCHEDULE, Comparison, entry_of
 from .run import Job, Result, finished, job_key, run
 from .tuned_work import Cost, OutOfTimeError, Plan, plan_cost
 
@@ -97,11 +97,18 @@ class Evaluation:
         self._results: dict[str, Result] = {}
         self._batches: list[tuple[Job, Result]] = []  # of methods, of this very plan and model
         self._costs: dict[str, Cost] = {}
+        self._tries: dict[str, int] = {}  # of tunings that failed in earlier calls
+        self._failed: dict[str, str] = {}  # why
 
     def load(self) -> None:
         """Take the results that the folder has."""
         for entry in finished(self.folder / RESULTS).values():
-            self._keep(entry["job"], entry["result"])
+            job, result = entry["job"], entry["result"]
+            if job["kind"] == "tune" and "error" in result:
+                self._tries[job_key(job | {"try": 0})] = job.get("try", 0) + 1
+                self._failed[job_key(job | {"try": 0})] = result["error"]
+            else:
+                self._keep(job, result)
 
     def _keep(self, job: Job, result: Result) -> None:
         self._results[job_key(job)] = result
@@ -141,7 +148,8 @@ class Evaluation:
         return True
 
     def next_job(self) -> Job | None:
-        """The weightiest job without a result, or None when nothing is left."""
+        """The weightiest job without a result, or None when nothing is left. A tuning that failed in an earlier call
+        is made once more."""
         return next((job for job in self._wanted() if job_key(job) not in self._results), None)
 
     def _wanted(self) -> Iterator[Job]:
@@ -258,7 +266,8 @@ class Evaluation:
         row = Outcome(target, statistic)
         found = self._results.get(job_key(self._tune_job(target, statistic)))
         if found is None or "error" in found:
-            row.why = "not run" if found is None else found["error"]
+            first = job_key({**self._tune_job(target, statistic), "try": 0})
+            row.why = self._failed.get(first, "not run") if found is None else found["error"]
             return row
         there = [self._results.get(job_key(self._tuned_job(found["preset"], batch))) for batch in self.plan.batches()]
         row.seconds, row.met = found["seconds"], found["preset"].get("met")
@@ -305,8 +314,11 @@ class Evaluation:
 
     def _tune_job(self, target: float, statistic: str) -> Job:
         plan = self.plan
-        return {"kind": "tune", "target": target, "statistic": statistic, "mode": plan.mode, "prompts": plan.prompts(),
-                "call": plan.call(), "weights": self.weights}
+        job = {"kind": "tune", "target": target, "statistic": statistic, "mode": plan.mode, "prompts": plan.prompts(),
+               "call": plan.call(), "weights": self.weights, "schedule": SCHEDULE}
+        # The file has one line for each job: a further try is another one.
+        tried = self._tries.get(job_key(job | {"try": 0}), 0)
+        return job | {"try": tried} if tried else job
 
     def _tuned_job(self, preset: Mapping[str, Any], batch: tuple[int, int, int]) -> Job:
         return {"kind": "tuned", "preset": dict(preset), "batch": list(batch), "weights": self.weights,

@@ -63,8 +63,8 @@ class Section:
 
     @property
     def judged(self) -> list[Row]:
-        """Rows with a modelled time."""
-        return [row for row in self.rows if row.cost is not None]
+        """Rows of published methods with a modelled time."""
+        return [row for row in self.rows if row.cost is not None and is_published(row.method)]
 
     def verdicts(self) -> dict[str, Any]:
         """Whether the plan is at least as fast as every method, and by how much better at equal time.
@@ -103,16 +103,24 @@ class Section:
         return Table(METHODS, [first, *(self._cells(row) for row in self.rows)])
 
     def _cells(self, row: Row) -> list[Any]:
+        name = row.method if is_published(row.method) else f"({row.method})"
         if row.why:
-            return [row.method, f"n/a: {row.why}", *[None] * (len(METHODS) - 2)]
+            return [name, f"n/a: {row.why}", *[None] * (len(METHODS) - 2)]
         cost, mean = self.outcome.cost, self.outcome.mean
         faster = None if cost is None or row.cost is None else f"{row.cost.run / cost.run:.2f}x"
         better = None if row.equal is None or mean is None else mean - row.equal
-        return [row.method, row.density, row.psnr, row.how, *_costs(row.cost), faster, row.equal or row.unequal, better]
+        return [name, row.density, row.psnr, row.how, *_costs(row.cost), faster, row.equal or row.unequal, better]
 
 
 def _costs(cost: Cost | None) -> list[str]:
     return ["n/a", "n/a"] if cost is None else [f"{cost.call:.1f}", f"{cost.run:.1f}"]
+
+
+def is_published(name: str) -> bool:
+    """Whether a method counts for what is best: it has a paper."""
+    from dit_sparse.methods import all_methods
+
+    return all_methods()[name].arxiv is not None
 
 
 def is_met(row: Outcome) -> bool | None:
@@ -234,15 +242,17 @@ def _preface(run: Evaluation, environment: dict[str, Any], quick: bool) -> str:
         f"{environment.get('date', '')}, {environment.get('device', '')}; {versions}.\n"
         f"{plan.side}x{plan.side}x{plan.frames}, {plan.steps} steps, guidance {plan.guidance:g}. The first "
         f"{plan.clips} captions that were held out of training, seed 0, are measured; `tune` (mode {plan.mode}) sees "
-        f"the {plan.calibration} after them and none of these.\n\n"
+        f"the {plan.calibration} after them and none of these. Clips differ by several dB from caption to caption; the "
+        "tuner keeps a reserve for that.\n\n"
         f"Met: a mean at most {BELOW:g} dB below its target; with statistic min 11 of 12 clips at theirs.\n"
-        "Methods run under one schedule, the first fifth of the steps and layer 0 dense, at the density that gives the "
+        "Plans and methods have the same dense calls, the first fifth of the steps and layer 0; a plan may leave more "
+        "dense. Methods run at the density that gives the "
         f"plan's mean PSNR on the same clips: measured within {TOLERANCE:g} dB, interpolated between two runs, or "
         f"extrapolated beyond them. Without an option `density`, and so not here: {without}.\n"
         "Milliseconds are modelled: one attention call of Wan2.1-14B at 720p (21x45x80 tokens, 40 heads of 128), masks "
         "and corrections included; a plan's mixture of candidates is spread over the 40 heads. `sparse calls` is the "
         "mean over calls that are sparse, as in the comparison of methods; `all calls` that over the run, dense calls "
-        "included.\n"
+        "included. Rows in brackets are not published elsewhere, and do not count for the best.\n"
     )
     tiny = "**Quick size: it shows that everything runs, and says nothing about methods.**\n\n"
     return tiny * quick + text

@@ -12,6 +12,7 @@ from typing import Any
 from .bed import Bed, held_out
 from .density_search import Prior
 from .method_speed import comparable, takes_density
+from .methods import SCHEDULE
 from .methods import Plan as MethodsPlan
 from .methods import Work as MethodsWork
 from .run import Job, Result
@@ -45,7 +46,7 @@ class Plan:
     guidance: float = 3.0
     batch: int = 12
     clips: int = 12
-    calibration: int = 12
+    calibration: int = 18
     targets: tuple[float, ...] = (26.0, 30.0, 34.0)
     statistics: tuple[str, ...] = ("mean", "min")
     mode: str = "thorough"
@@ -137,7 +138,7 @@ class Work(MethodsWork):
         start = time.perf_counter()
         preset = (self.tuner or tune)(self.pipe, f"psnr>={job['target']:g}", job["prompts"], job["mode"],
                        statistic=job["statistic"], state=self.state, progress=told,
-                       call=dict(job["call"]), costs=CostTable.modelled())
+                       call=dict(job["call"]), costs=CostTable.modelled(), **SCHEDULE)
         seconds = time.perf_counter() - start
         (self.folder / PRESETS).mkdir(exist_ok=True)
         preset.save(self.folder / PRESETS / f"{name}.json")

@@ -18,11 +18,13 @@ from ..bridge import binding_of, transformers_of
 from ..grid import TokenGrid
 from ..methods.base import Call, Method, Plan
 from ..methods.tuned import kept_blocks
+from ..schedule import Schedule
 from .candidates import DENSE, Candidate, candidates_of
 from .oracle import Errors, ordered, probe_heads, sample_rows
 from .preset import attention_layers
 
-__all__ = ["FORCED", "Forward", "Probe", "ProbeResult", "Streams", "Watcher", "bucket_edges", "distinct", "probe_step"]
+__all__ = ["FORCED", "Forward", "Probe", "ProbeResult", "Streams", "Watcher", "bucket_edges", "dense_count",
+           "distinct", "probe_step"]
 
 _SHARES = (0.0, 0.1, 0.25, 0.4, 0.75)
 FEW_STEPS = 8  # a run of at most so many steps has one bucket for each, and none is forced dense
@@ -30,19 +32,40 @@ FORCED = 1  # buckets that are dense in longer runs
 _NUMBERS = ("mass", "err", "a", "a_error")
 
 
-def bucket_edges(steps: int) -> tuple[int, ...]:
+def bucket_edges(steps: int, dense: int | None = None) -> tuple[int, ...]:
     """First step of every bucket, and the number of steps.
 
     Buckets begin at 0, .1, .25, .4 and .75 of the run; the first is dense. Runs of at most 8 steps: one bucket a step.
+
+    Args:
+        steps: of the run.
+        dense: leading steps that stay dense, fewer than all: they are the first bucket; None: as above.
     """
-    if steps <= FEW_STEPS:
-        return tuple(range(steps + 1))
-    return tuple(dict.fromkeys(math.ceil(share * steps - 1e-9) for share in (*_SHARES, 1.0)))
+    shares = range(steps + 1) if steps <= FEW_STEPS else (
+        math.ceil(share * steps - 1e-9) for share in (*_SHARES, 1.0))
+    edges = tuple(dict.fromkeys(shares))
+    return edges if not dense else (0, dense, *(edge for edge in edges if edge > dense))
 
 
-def forced_buckets(steps: int) -> int:
-    """How many leading buckets are dense."""
+def forced_buckets(steps: int, dense: int | None = None) -> int:
+    """How many leading buckets are dense; `dense` as in `bucket_edges`."""
+    if dense is not None:
+        return int(dense > 0)
     return 0 if steps <= FEW_STEPS else FORCED
+
+
+def dense_count(dense_steps: float | int | None, steps: int) -> int | None:
+    """Leading dense steps of a run, counted as everywhere else; None where none are asked for.
+
+    Raises:
+        ValueError: no step would be left to be sparse, or no such number; one line.
+    """
+    if dense_steps is None:
+        return None
+    found = Schedule(dense_steps=dense_steps).count(dense_steps, steps)
+    if found >= steps:
+        raise ValueError(f"dense_steps={dense_steps!r} is not allowed; leave one of {steps} steps to be sparse")
+    return found
 
 
 def probe_step(edges: Sequence[int], bucket: int) -> int:
@@ -50,10 +73,10 @@ def probe_step(edges: Sequence[int], bucket: int) -> int:
     return (edges[bucket] + edges[bucket + 1] - 1) // 2
 
 
-def probed_bucket(step: int, steps: int) -> int | None:
-    """The bucket that is probed at this step of a run of so many; None where none is."""
-    edges = bucket_edges(steps)
-    return next((b for b in range(forced_buckets(steps), len(edges) - 1) if probe_step(edges, b) == step), None)
+def probed_bucket(step: int, steps: int, dense: int | None = None) -> int | None:
+    """The bucket that is probed at this step of a run of so many; None where none is. `dense` as in `bucket_edges`."""
+    edges, first = bucket_edges(steps, dense), forced_buckets(steps, dense)
+    return next((b for b in range(first, len(edges) - 1) if probe_step(edges, b) == step), None)
 
 
 def distinct(candidates: Sequence[Candidate], grid: TokenGrid) -> tuple[Candidate, ...]:
@@ -84,6 +107,7 @@ class ProbeResult:
         candidates: the distinct candidates, dense first.
         tables: "mass", "err", "a" and "a_error", float64 (buckets, layers, heads, candidates); 0 in forced buckets.
         head_dim: channels of a head.
+        dense: leading steps that stay dense; None: the usual ones.
     """
 
     grid: TokenGrid
@@ -91,11 +115,12 @@ class ProbeResult:
     candidates: tuple[Candidate, ...]
     tables: dict[str, np.ndarray]
     head_dim: int
+    dense: int | None = None
 
     @property
     def edges(self) -> tuple[int, ...]:
         """Edges of the buckets."""
-        return bucket_edges(self.steps)
+        return bucket_edges(self.steps, self.dense)
 
     @staticmethod
     def mean(results: Sequence[ProbeResult]) -> ProbeResult:
@@ -104,12 +129,13 @@ class ProbeResult:
         tables = {name: np.mean([r.tables[name] for r in results], axis=0) for name in _NUMBERS}
         squares = np.mean([r.tables["a_error"] ** 2 for r in results], axis=0)
         tables["a_error"] = np.sqrt(squares / len(results))
-        return ProbeResult(first.grid, first.steps, first.candidates, tables, first.head_dim)
+        return ProbeResult(first.grid, first.steps, first.candidates, tables, first.head_dim, first.dense)
 
     def to_parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Plain data and tensors, as the store keeps them."""
         data = {"grid": [self.grid.frames, self.grid.height, self.grid.width, self.grid.text, self.grid.text_at],
-                "steps": self.steps, "candidates": [c.to_dict() for c in self.candidates], "head_dim": self.head_dim}
+                "steps": self.steps, "candidates": [c.to_dict() for c in self.candidates], "head_dim": self.head_dim,
+                "dense": self.dense}
         return data, {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in self.tables.items()}
 
     @staticmethod
@@ -118,7 +144,7 @@ class ProbeResult:
         frames, height, width, text, text_at = data["grid"]
         return ProbeResult(TokenGrid(frames, height, width, text=text, text_at=text_at), data["steps"],
                            tuple(Candidate(**c) for c in data["candidates"]),
-                           {name: tensors[name].numpy() for name in _NUMBERS}, data["head_dim"])
+                           {name: tensors[name].numpy() for name in _NUMBERS}, data["head_dim"], data.get("dense"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +156,7 @@ class Probe(Method):
         streams: the residual streams of the forward under way, where the family gives them.
         rows: video rows that are sampled; the same for all candidates.
         seed: of the rows.
+        dense_steps: leading steps that stay dense, a share or a number; None: the usual ones.
         seen: what was found: Errors by (bucket, layer), the grid, the number of steps, seconds spent.
     """
 
@@ -137,6 +164,7 @@ class Probe(Method):
     streams: Streams
     rows: int = 128
     seed: int = 0
+    dense_steps: float | int | None = None
     seen: dict[str, Any] = field(default_factory=dict)
 
     observes: ClassVar[bool] = False
@@ -148,7 +176,8 @@ class Probe(Method):
             raise ValueError("tune: the length of the run is unknown; use a pipeline whose scheduler tells its steps")
         if self.seen.setdefault("sizes", sizes) != sizes:
             raise ValueError(f"tune: calls differ in grid, steps, layers or heads: {self.seen['sizes']} and {sizes}")
-        bucket = None if call.step is None else probed_bucket(call.step, call.num_steps)
+        dense = dense_count(self.dense_steps, call.num_steps)
+        bucket = None if call.step is None else probed_bucket(call.step, call.num_steps, dense)
         if bucket is not None:
             start = time.perf_counter()
             for row in range(call.query.shape[0]):
@@ -184,7 +213,8 @@ class Probe(Method):
             raise ValueError("tune: no self-attention call was seen; the pipeline runs no layer that can be sparse")
         grid, steps, layers, heads, head_dim = self.seen["sizes"]
         candidates = distinct(candidates_of(self.patterns), grid)
-        edges, forced = bucket_edges(steps), forced_buckets(steps)
+        dense = dense_count(self.dense_steps, steps)
+        edges, forced = bucket_edges(steps, dense), forced_buckets(steps, dense)
         tables = {name: np.zeros((len(edges) - 1, layers, heads, len(candidates))) for name in _NUMBERS}
         for bucket in range(forced, len(edges) - 1):
             for layer in range(layers):
@@ -195,7 +225,7 @@ class Probe(Method):
                 table = errors.table(candidates)
                 for name in _NUMBERS:
                     tables[name][bucket, layer] = table[name].double().cpu().numpy()
-        return ProbeResult(grid, steps, candidates, tables, head_dim)
+        return ProbeResult(grid, steps, candidates, tables, head_dim, dense)
 
 
 # -- what the block adds to the residual stream --------------------------------------------------------------------
@@ -307,10 +337,12 @@ class Watcher:
 
     Args:
         pipe: the pipeline, with a session bound.
+        dense_steps: as in `Probe`.
     """
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Any, dense_steps: float | int | None = None) -> None:
         self.forwards: dict[int, Forward] = {}
+        self._dense_steps = dense_steps
         self._handles: list[Any] = []
         self._open: dict[str, tuple[int, dict[str, Any]]] = {}
         for name, model, _ in transformers_of(pipe):
@@ -326,7 +358,8 @@ class Watcher:
             self._open.pop(part, None)
             if info is None or info.num_steps is None:
                 return
-            bucket = probed_bucket(info.step, info.num_steps)
+            dense = dense_count(self._dense_steps, info.num_steps)
+            bucket = probed_bucket(info.step, info.num_steps, dense)
             if bucket is not None and bucket not in self.forwards:
                 given = {**dict(zip(names, args, strict=False)), **kwargs}
                 self._open[part] = bucket, {k: _kept(v) for k, v in given.items()}

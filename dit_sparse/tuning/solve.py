@@ -61,15 +61,16 @@ class Problem:
     Args:
         probe: what the oracle says.
         costs: times of candidates.
+        dense_layers: leading layers that stay dense.
 
     Attributes:
         kappa: (buckets,), weight of a step's velocity error; the prior at first.
     """
 
-    def __init__(self, probe: ProbeResult, costs: CostTable) -> None:
+    def __init__(self, probe: ProbeResult, costs: CostTable, dense_layers: int = 0) -> None:
         self.probe, self.costs, self.edges = probe, costs, probe.edges
         self.kappa = kappa_of(self.edges)
-        self.forced = forced_buckets(probe.steps)
+        self.forced = forced_buckets(probe.steps, probe.dense)
         self.errors = probe.tables["a"] + probe.tables["a_error"]
         self.buckets, self.layers, self.heads = self.errors.shape[:3]
         self.weights = np.ones((self.buckets, self.layers))
@@ -77,6 +78,9 @@ class Problem:
         layouts = ordered(probe.grid)
         self.shares = np.array([kept_share(c, layouts[c.order], probe.grid) for c in probe.candidates])
         self.times = costs.times(probe.candidates, self.shares)
+        self.allowed = allowed_by(probe.tables["err"], np.array([c.density for c in probe.candidates]))
+        self.dense_layers = dense_layers
+        self.allowed[:, :dense_layers] = [c.is_dense for c in probe.candidates]
 
     def solve(self, *, limit: float | None = None, budget: float | None = None) -> Solution:
         """The plan of least time within a predicted error, or of least error within a time (milliseconds in all)."""
@@ -86,8 +90,7 @@ class Problem:
         found = allocate(
             self.times, self.errors[free], (self.kappa * self.lengths)[free, None] * self.weights[free],
             {order: self.costs.fix(order) for order in dict.fromkeys(orders) if order}, limit=limit, budget=left,
-            orders=orders, steps=self.lengths[free],
-            allowed=allowed_by(self.probe.tables["err"][free], np.array([c.density for c in candidates])))
+            orders=orders, steps=self.lengths[free], allowed=self.allowed[free])
         choices = np.zeros((self.buckets, self.layers, self.heads), dtype=np.uint8)
         choices[free] = found.choice
         plan = HeadPlan(candidates, self.edges, choices)
@@ -111,7 +114,7 @@ class Problem:
     def start(self) -> float:
         """The predicted error of the plan in which every head takes its cheapest candidate of error up to 3 %."""
         err, free = self.probe.tables["err"], slice(self.forced, None)
-        cost = np.where(err <= START, self.times, np.inf)
+        cost = np.where((err <= START) & self.allowed, self.times, np.inf)
         each = np.take_along_axis(self.errors, cost.argmin(-1)[..., None], -1)[..., 0].sum(-1)
         return float(((self.kappa * self.lengths)[free, None] * self.weights[free] * each[free]).sum())
 
@@ -139,7 +142,7 @@ class Problem:
     def ceiling(self) -> HeadPlan:
         """The sparse kernel with all blocks, wherever a step is not forced dense."""
         choices = np.zeros((self.buckets, self.layers, self.heads), dtype=np.uint8)
-        choices[self.forced :] = 1
+        choices[self.forced :, self.dense_layers :] = 1
         return HeadPlan((DENSE, Candidate("drop", "tile", 1.0)), self.edges, choices)
 
     def kept(self, plan: HeadPlan) -> list[float]:

@@ -61,17 +61,20 @@ class Steps:
     """What one call of `tune` works with, and the steps before the closed loop.
 
     Args:
-        pipe, target, mode, patterns, statistic, seed, prompts, state, progress, call, costs: as in `tune`, checked.
+        pipe, target, mode, patterns, statistic, seed, prompts, state, progress, call, costs, dense_steps,
+            dense_layers: as in `tune`, checked.
     """
 
     def __init__(
         self, pipe: Any, target: Target, mode: str, patterns: tuple[str, ...], statistic: str, seed: int,
         prompts: Sequence[str] | None, state: str | Path | None, progress: Progress | None,
-        call: Mapping[str, Any] | None, costs: CostTable | None,
+        call: Mapping[str, Any] | None, costs: CostTable | None, dense_steps: float | int | None = None,
+        dense_layers: int = 0,
     ) -> None:
         defaults, embedded = default_call(pipe)
         self.pipe, self.target, self.patterns, self.statistic = pipe, target, patterns, statistic
         self.mode, self.given_costs, self.seed = MODES[mode], costs, seed
+        self.dense_steps, self.dense_layers = dense_steps, dense_layers
         self.model: Any = transformers_of(pipe)[0][1]
         self.call = {**defaults, **(call or {})}
         self.looped, self.held = _split(prompts, EMBEDDED if embedded else GENERAL, self.mode)
@@ -80,6 +83,8 @@ class Steps:
                  "scheduler": f"{type(pipe.scheduler).__name__} {config_hash(pipe.scheduler)}", "mode": mode,
                  "patterns": list(patterns), "seed": seed, "prompts": [self.looped, self.held],
                  "call": {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in self.call.items()}}
+        if dense_steps is not None or dense_layers:
+            about["dense"] = [dense_steps, dense_layers]
         self.store = Store(state, about)
         self.tracker = Tracker(self.planned(), progress)
         self.runner = Runner(pipe, self.call, self.tracker)
@@ -140,12 +145,12 @@ class Steps:
         with ExitStack() as left:
             streams = Streams(self.pipe)
             left.callback(streams.remove)
-            probe = Probe(self.patterns, streams, seed=self.seed)
+            probe = Probe(self.patterns, streams, seed=self.seed, dense_steps=self.dense_steps)
             watcher: Watcher | None = None
             left.callback(disable, self.pipe)
             enable(self.pipe, probe, dense_steps=0, dense_layers=0, check="off", strict=True)
             if number == 0:
-                watcher = Watcher(self.pipe)
+                watcher = Watcher(self.pipe, self.dense_steps)
                 left.callback(watcher.remove)
             clip, seconds = self.runner.clip(prompt, self.seed_of(prompt))
         if watcher is not None:

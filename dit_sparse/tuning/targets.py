@@ -19,6 +19,9 @@ SIGNS = {"psnr": ">=", "ssim": ">=", "lpips": "<=", "speedup": ">="}
 _RANGES = {"psnr": (0.0, 1000.0), "ssim": (0.0, 1.0), "lpips": (0.0, 1.0), "speedup": (0.01, 1000.0)}
 MARGIN_DB, MARGIN = 0.5, 0.05  # above the target in the closed loop: of psnr, and as a share of the other measures
 CAP = 100.0  # dB, where two clips count as equal
+ALLOWED_DB = 0.5  # that the mean over other clips may lie below the target
+OTHERS = 12  # clips that the reserve of a mean speaks of
+SURE = 1.645  # normal quantile of 95 %
 RESERVED = 3  # clips from which on a mean keeps its standard error in reserve: two say nothing of the spread
 
 
@@ -105,16 +108,21 @@ class Target:
         return _standard_error([min(value, CAP) for value in values])
 
     def cautious_db(self, values: Sequence[float], kind: str) -> float:
-        """The statistic in decibels of the error, one standard error in reserve.
+        """The statistic in decibels of the error, with a reserve for other clips.
 
-        Clips differ by several dB, so that the mean over a few says little of the mean over others. From `RESERVED`
-        clips on the standard error of their decibels is taken off the mean. The worst of n clips has nothing taken
-        off: one more clip is worse than all of them in one case of n + 1.
+        Clips differ by several dB. Means over n and over 12 other clips differ by s * sqrt(1/n + 1/12) in standard
+        deviation, s that of a clip. From `RESERVED` clips on so much is taken off, times the 95 % quantile (of
+        Student's t, by its first terms), as the margin and `ALLOWED_DB` do not cover: in 95 % of cases the mean over
+        12 others is then at most that below the target. The worst of n clips has nothing taken off: one more clip is
+        worse than all of them in one case of n + 1.
         """
         found = self.decibel(self.statistic(values, kind))
         if kind != "mean" or len(values) < RESERVED:
             return found
-        return found - _standard_error([min(self.decibel(value), CAP) for value in values])
+        count, error = len(values), _standard_error([min(self.decibel(value), CAP) for value in values])
+        quantile = SURE + (SURE**3 + SURE) / (4 * (count - 1))
+        covered = self.wanted_db() - self.decibel(self.value) + ALLOWED_DB
+        return found - max(0.0, quantile * error * math.sqrt(1 + count / OTHERS) - covered)
 
 
 def _standard_error(values: Sequence[float]) -> float:

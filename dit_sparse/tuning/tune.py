@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..schedule import Schedule
 from ..session import SparseFallbackError, one_line
 from .candidates import patterns_of
 from .cost import CostTable
@@ -39,6 +40,8 @@ def tune(
     progress: Progress | None = None,
     call: Mapping[str, Any] | None = None,
     costs: CostTable | str | Path | None = None,
+    dense_steps: float | int | None = None,
+    dense_layers: int = 0,
 ) -> Preset:
     """Choose for every head and stretch of a run what it computes, so that a target is reached at least cost.
 
@@ -59,6 +62,9 @@ def tune(
         call: keyword arguments of the pipeline's call (height, width, num_frames, num_inference_steps, ...).
         costs: table of times, or its file; None: measured here. With a given table two runs give the same preset, and
             a speed-up is that of the attention by this table.
+        dense_steps: leading steps that stay dense, as a share of the run (float) or a number (int); None: the first
+            tenth of runs of more than 8 steps, and more where the plan wants it.
+        dense_layers: leading layers that stay dense in every step.
 
     Returns:
         The preset, with its evidence; `met` says whether the clips of the loop and the held-out
@@ -76,11 +82,13 @@ def tune(
         raise ValueError(f"seed={seed!r} is not allowed; use a whole number of at least 0")
     if not hasattr(pipe, "components") or not callable(pipe):
         raise ValueError(f"pipe={type(pipe).__name__} is not allowed; use a Diffusers pipeline")
+    Schedule(dense_steps=0.0 if dense_steps is None else dense_steps, dense_layers=dense_layers)  # checks both
     names = patterns_of(patterns)
     table = costs if isinstance(costs, CostTable) or costs is None else CostTable.load(costs)
     with as_found(pipe):
         try:
-            return _Tuning(pipe, wanted, mode, names, statistic, seed, prompts, state, progress, call, table).preset()
+            return _Tuning(pipe, wanted, mode, names, statistic, seed, prompts, state, progress, call, table,
+                           dense_steps, dense_layers).preset()
         except SparseFallbackError as error:
             raise ValueError(f"tune: the pipeline cannot run sparse: {one_line(error)}") from error
 
@@ -92,7 +100,7 @@ class _Tuning(Steps):
         """All steps, and the preset."""
         clips = self.clips_of(self.looped, "dense", self.mode.probed)
         probe = self.probed()
-        self.problem = Problem(probe, self.cost_table(probe))
+        self.problem = Problem(probe, self.cost_table(probe), self.dense_layers)
         if self.mode.ceiling:
             self.measure_ceiling(clips[0][0])
         if self.mode.weights:

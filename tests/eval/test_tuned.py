@@ -144,6 +144,34 @@ def test_a_tuning_that_runs_out_of_time_is_begun_again(tmp_path: Path) -> None:
     assert evaluation(tmp_path, again := Fake())[1] and again.jobs[0]["kind"] == "tune"
 
 
+def test_a_tuning_that_failed_is_tried_again_by_the_next_call(tmp_path: Path) -> None:
+    def broken(job: Any) -> Any:
+        return {"error": "RuntimeError: no", "lost": False} if job["kind"] == "tune" and job["target"] == 30 else None
+
+    for _ in range(2):  # the second call fails as well, and a third one tries once more
+        work = Fake(broken)
+        run, _ = evaluation(tmp_path, work)
+        assert sum(job["kind"] == "tune" and job["target"] == 30 for job in work.jobs) == 2  # mean and min, once each
+        assert run.outcome(30.0, "mean").why == "RuntimeError: no"
+    stopped, _ = evaluation(tmp_path, Fake(), stop=lambda: True)
+    assert stopped.outcome(30.0, "mean").why == "RuntimeError: no"
+    run, done = evaluation(tmp_path, again := Fake())
+    assert done and run.outcome(30.0, "mean").mean is not None
+    assert [job["target"] for job in again.jobs if job["kind"] == "tune"] == [30.0, 30.0]
+    assert evaluation(tmp_path, last := Fake())[1] and last.jobs == []
+
+
+def test_our_own_methods_do_not_count_for_the_best() -> None:
+    from dit_sparse.eval.tuned_work import Cost
+
+    outcome = tuned.Outcome(30.0, "mean", psnr=[30.0], cost=Cost(30.0, 80.0))
+    rows = [tuned_tables.Row("auto", 0.1, 30.0, "measured", Cost(10.0, 60.0), 33.0),
+            tuned_tables.Row("sol", 0.1, 30.0, "measured", Cost(40.0, 90.0), 27.0)]
+    said = tuned_tables.Section(outcome, rows).verdicts()
+    assert said["fastest"][0] == "sol" and said["best_at_equal_time"] == ("sol", 27.0) and said["enough"]
+    assert [row[0] for row in tuned_tables.Section(outcome, rows).table().rows] == ["tuned", "(auto)", "sol"]
+
+
 def test_failures_stand_in_the_table(tmp_path: Path) -> None:
     def found(job: Any) -> Any:
         if job["kind"] == "tune" and job["statistic"] == "min":

@@ -244,6 +244,21 @@ def test_two_denoisers_share_a_plan() -> None:
     assert summary(pipe).per_step.keys() == {0, 1} and not summary(pipe).fallbacks
 
 
+def test_calls_that_stay_dense() -> None:
+    """Leading steps and layers that are kept dense: the same calls as with `enable` and these settings."""
+    pipe = small()
+    found = quick(pipe, "psnr>=15", dense_steps=0.2, dense_layers=1, **SHORT)
+    assert not found.table.all_dense and found.buckets[:2] == (0, 1)
+    later = quick(pipe, "psnr>=15", dense_steps=3, **SHORT)
+    assert later.buckets[:2] == (0, 3) and not later.choices[0].any() and later.choices[1:, 0].any()
+    assert not found.choices[:, 0].any() and found.choices[1:, 1].any()
+    for wrong in ({"dense_steps": 9}, {"dense_steps": 2.0}, {"dense_layers": -1}):
+        with pytest.raises(ValueError, match="dense_"):
+            quick(pipe, "psnr>=15", **wrong, **SHORT)
+
+
 def test_buckets() -> None:
+    assert bucket_edges(10, 2) == (0, 2, 3, 4, 8, 10) and forced_buckets(10, 2) == 1 and forced_buckets(10, 0) == 0
+    assert bucket_edges(4, 2) == (0, 2, 3, 4) and bucket_edges(10, 0) == bucket_edges(10)
     assert bucket_edges(50) == (0, 5, 13, 20, 38, 50) and bucket_edges(20) == (0, 2, 5, 8, 15, 20)
     assert bucket_edges(4) == (0, 1, 2, 3, 4) and forced_buckets(4) == 0 and forced_buckets(50) == 1
