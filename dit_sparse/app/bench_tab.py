@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from html import escape
 from typing import Any
 
 import gradio as gr
@@ -33,7 +34,8 @@ def bench_tab(shelf: Shelf, sessions: Sessions) -> None:
     with gr.Row():
         with gr.Column(scale=4, min_width=300):
             density = gr.Slider(0.05, 1, value=0.25, step=0.05, label="Density", elem_id="bench-density")
-            tokens = gr.Number(32768, label="Tokens (kernels)", minimum=128, maximum=MOST_TOKENS, step=128)
+            # Without bounds of its own: Gradio would refuse before the function runs that gives the buttons back.
+            tokens = gr.Number(32768, label="Tokens (kernels)", step=128)
             model = gr.Dropdown(list(step_speed.GEOMETRIES), value=step_speed.default_models(device)[0],
                                 label="Model (step)")
             methods = gr.Dropdown(names, value=["svg"], multiselect=True, max_choices=4, label="Methods (step)")
@@ -61,7 +63,7 @@ def timer(sessions: Sessions, measure: Callable[..., tuple[Sequence[str], list[A
                     yield words.progress_card(found), *BUSY
                 else:
                     columns, rows, note = found
-                    text = words.table(columns, rows) + words.card(note)
+                    text = words.table(columns, rows) + f'<p class="faint">{escape(note)}</p>'
                     yield f'<div class="ds"><div class="ds-card">{text}</div></div>', *FREE
         except UserError as error:
             yield words.refusal(str(error)), *FREE

@@ -1,8 +1,9 @@
 """Makes the pictures of docs/app.md from a page that is being served.
 
-    python -m tests.app.pictures [ADDRESS [generate] [inspect] [tune]]
+    python -m tests.app.pictures [ADDRESS [generate] [inspect] [tune] [bench]]
 
-Needs Playwright and Chromium. Each picture stays below 200 kB.
+The Bench tab is there on a GPU only; `tests/app/recorded.py` serves the page with what it showed on one. Needs
+Playwright and Chromium. Each picture stays below 200 kB.
 """
 
 from __future__ import annotations
@@ -79,6 +80,15 @@ def tune(page: Any, target: float) -> None:
     save(page, "tune")
 
 
+def bench(page: Any) -> None:
+    """The Bench tab with the times of a step."""
+    page.get_by_role("tab", name="Bench").click()
+    page.click("#bench-step")
+    page.wait_for_selector("#bench-state table", timeout=300_000)
+    page.wait_for_timeout(500)
+    save(page, "bench", whole=False)
+
+
 def main(address: str = "http://127.0.0.1:7860", *parts: str) -> None:
     """Make the pictures of these parts, else all."""
     from playwright.sync_api import sync_playwright
@@ -94,11 +104,16 @@ def main(address: str = "http://127.0.0.1:7860", *parts: str) -> None:
             generate(page, 10)
         if "tune" in parts:
             tune(page, 24)
+        if "bench" in parts:
+            bench(page)
         dark = browser.new_page(viewport={"width": 1280, "height": 860}, color_scheme="dark")
         dark.goto(address)
         dark.wait_for_selector("#generate-options")
         if "inspect" in parts:
             inspect(dark)
+        if parts == ("bench",):
+            browser.close()
+            return
         phone = browser.new_page(viewport={"width": 380, "height": 820}, color_scheme="light")
         phone.goto(address)
         phone.wait_for_selector("#generate-options")
