@@ -82,6 +82,22 @@ def eval_tune(
     run(out, quick=quick, seconds=seconds, state=state, device=device, as_json=as_json)
 
 
+@eval_app.command("caches", epilog="Example: dit-sparse eval caches --size preview --out caches")
+def eval_caches(
+    out: Annotated[Path, typer.Option(help="Folder of the tables, made or continued.")] = Path("caches"),
+    size: Annotated[str, typer.Option(help="preview or long; both may share a folder.")] = "preview",
+    quick: Annotated[bool, typer.Option("--quick", help="Two caches at a size that a CPU makes in seconds.")] = False,
+    captions: Annotated[int | None, typer.Option(min=1, max=64, help="Held-out captions, else 8.")] = None,
+    seconds: Annotated[float | None, typer.Option(min=0, help="Begin nothing new after these; 0: tables only.")] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Compare the step caches on the included model, alone and beside sparse attention; killed, it goes on."""
+    from .caches_comparison import compare_caches as run
+
+    run(out, size=size, quick=quick, captions=captions, seconds=seconds, device=device, as_json=as_json)
+
+
 @eval_app.command("show", epilog="Example: dit-sparse eval show results/methods")
 def eval_show(
     folder: Annotated[Path, typer.Argument(help="Folder of `eval run`.")],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
+
 
 class Clock:
     """Value of the present timestep on the usual scale: 1000 is noise, 0 the clip.
@@ -31,6 +33,8 @@ class Clock:
             self._timesteps, self._values = timesteps, values
         return self._values
 
+    # A compiler would hold on to every transformer that is bound in this process, and fail when one of them goes.
+    @torch.compiler.disable
     def __call__(self) -> float:
         """The value; 1000, at which nothing is skipped, while no run is under way."""
         from .. import bridge

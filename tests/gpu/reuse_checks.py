@@ -67,7 +67,11 @@ def run(operator: Callable[[Plan], Operator], method: str, grid: TokenGrid, devi
 
 
 def complement(method: str, grid: TokenGrid, device: str = "cuda", guard: Any = None) -> str:
-    """Dense at every other step, and offloading changes no bit."""
+    """Dense at every other step, and offloading changes no bit.
+
+    Two parts are rounded each by itself before they are merged: 1.4 times the error of one in the mean, while the worst
+    of half a million numbers can be nearly three times plain attention's.
+    """
     outs = [run(lambda plan: ReuseComplement(plan.operator), method, grid, device, offload=offload, guard=guard)
             for offload in ((False, True) if guard is None else (False,))]
     for step in range(0, STEPS, 2):
@@ -76,9 +80,11 @@ def complement(method: str, grid: TokenGrid, device: str = "cuda", guard: Any = 
             now[:, :, 1] = before[:, :, 1]
         plain = dense_attention(*activations, scale=0.125)[0].float()
         exact = dense_attention(*(x.float() for x in activations), scale=0.125)[0]
-        error, allowed = ((x - exact).abs().max().item() for x in (outs[0][step].float(), plain))
-        if error > 2 * allowed + 1e-5:
-            return f"step {step}: {error:.2e} from dense attention, plain dense {allowed:.2e}"
+        found, allowed = ((x - exact).abs() for x in (outs[0][step].float(), plain))
+        for factor, size in ((2, lambda x: x.square().mean().sqrt()), (4, torch.max)):
+            error, plain_error = float(size(found)), float(size(allowed))
+            if error > factor * plain_error + 1e-5:
+                return f"step {step}: {error:.2e} from dense attention, plain dense {plain_error:.2e}"
     return "" if all(torch.equal(a, b) for a, b in zip(outs[0], outs[-1], strict=True)) else "offloading changes bits"
 
 
@@ -144,13 +150,15 @@ def speeds(log: Callable[[str], None]) -> list[dict[str, Any]]:
     activations = (call.query, call.key, call.value)
     part, rest = attend(*activations, mask), attend(*activations, mask.complement())
 
-    def step_of_heads() -> None:
-        ReuseHeads(drift=0.0).run(call, mask, attend)
+    def of_heads(drift: float) -> Callable[[], Any]:
+        """A step whose activations are those before: no head is steady below a drift of 0, every head at 2."""
+        own = call_at(Memory(), LARGE, 0, list(activations))
+        return lambda: ReuseHeads(drift=drift).run(own, mask, attend)
 
     calls = {"dense": partial(dense_attention, *activations, scale=call.scale),
              "svg": partial(attend, *activations, mask),
              "svg, half of the heads emptied": partial(attend, *activations, half),
-             "svg, heads judged, none reused": step_of_heads,
+             "svg, heads judged, none reused": of_heads(-1.0), "svg, all heads reused": of_heads(2.0),
              "merge of two parts": lambda: merge_parts([rest, part]), "lists of the complement": mask.complement}
     rows = []
     for name, took in in_turn(calls, "cuda", rounds=8).items():

@@ -42,6 +42,7 @@ from dit_sparse.eval import speed  # noqa: E402
 KERNELS = {
     "portable": ("tests.gpu.checks", "tests.gpu.speeds:portable"),
     "hopper": ("tests.gpu.hopper_checks", "tests.gpu.speeds:hopper"),
+    "cuda": ("tests.gpu.cuda_checks", "tests.gpu.cuda_checks:speeds"),
     "routing": ("tests.gpu.routing_checks", "tests.gpu.routing_checks:speeds"),
     "fp8": ("tests.gpu.fp8_checks", "tests.gpu.fp8_checks:speeds"),
     "gna": ("tests.gpu.gna_checks", ""),
@@ -216,6 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=pathlib.Path, default=os.environ.get("DIT_SPARSE_GPU_OUT"), help="folder")
     parser.add_argument("--only", choices=STAGES, help="default: checks, then speeds")
     parser.add_argument("--kernel", choices=list(KERNELS), help="default: all")
+    parser.add_argument("--match", default="", metavar="TEXT", help="only checks whose name holds this text")
     parser.add_argument("--part", type=part_of, default=(1, 1), metavar="I/N", help="every N-th check, from the I-th")
     parser.add_argument("--cases", type=int, help="random calls (20,000), or kinds of calls under the sanitizer (all)")
     parser.add_argument("--seed", type=int, default=0, help="first seed of random calls")
@@ -247,7 +249,10 @@ def main(argv: list[str] | None = None) -> int:
     elif options.only != "speeds":
         if options.only == "compile":
             from tests.gpu.speeds import compile_hopper
-        every = list((compile_hopper() if options.only == "compile" else checks_of(options.kernel)).items())
+        found = compile_hopper() if options.only == "compile" else checks_of(options.kernel)
+        every = [(name, function) for name, function in found.items() if options.match in name]
+        if options.match and not every:
+            parser.error(f"--match {options.match!r} is in the name of no check")
         run_checks(run, dict(every[part[0] - 1 :: part[1]]), options.limit, stop)
     if options.only in (None, "speeds"):
         run.unit = run.unit if options.only is None else ""

@@ -24,7 +24,8 @@ from tests.kernels.skip_rule import CASES, FP16, check, inputs_of
 
 BF16 = torch.bfloat16
 TOKENS, HEADS, DIM = 75_600, 40, 128
-MORE = [Case(1023, 1500, query_block=128, key_block=128, head_dim=128, order="heads", masked=True),
+# Blocks of 128 x 128 at this head dim are too large for a GPU's shared memory in float32.
+MORE = [Case(1023, 1500, query_block=128, key_block=128, head_dim=128, dtype=BF16, order="heads", masked=True),
         Case(511, 700, query_block=128, key_block=64, head_dim=128, window=1)]
 
 

@@ -162,3 +162,18 @@ def test_parts_that_are_none_are_refused(text: str, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         run.main(["--out", "x", "--part", text])
     assert "--part" in capsys.readouterr().err
+
+
+def test_a_text_chooses_checks_by_their_names(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    checks = {f"soft {name}": lambda: "" for name in ("one a", "two a", "one b")}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(run.Run, "listen", lambda self: None)
+    monkeypatch.setattr(run.speed, "environment", lambda device: {"device": device})
+    monkeypatch.setattr(run, "checks_of", lambda kernel: checks)
+    words = ["--out", str(tmp_path), "--only", "checks", "--kernel", "soft", "--match"]
+    assert run.main([*words, "one"]) == 0
+    log = (tmp_path / "gpu-soft-checks.log").read_text()
+    assert "soft one a" in log and "soft one b" in log and "2 checks passed" in log
+    with pytest.raises(SystemExit):
+        run.main([*words, "three"])

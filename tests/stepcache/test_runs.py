@@ -181,6 +181,17 @@ def test_the_users_configuration_is_not_changed(pipe: WanPipeline) -> None:
         enable(pipe.transformer, "radial", step_cache=config)
 
 
+def test_a_compiler_does_not_look_at_how_the_clock_finds_its_run(pipe: WanPipeline) -> None:
+    """Its guards would name every transformer that is bound in this process, and fail when one of them is gone."""
+    enable(pipe, "radial", dense_steps=0, dense_layers=0, step_cache="pab")
+    clock = pipe.transformer._cache_config.current_timestep_callback
+    torch._dynamo.reset()
+    told = torch._dynamo.explain(lambda x: x.sin() * clock())(torch.ones(3))
+    assert told.out_guards and not any("_bindings" in str(guard.name) for guard in told.out_guards)
+    torch._dynamo.reset()
+    disable(pipe)
+
+
 def test_the_clock_tells_the_timestep_and_copies_the_list_once(pipe: WanPipeline) -> None:
     enable(pipe, "radial", dense_steps=0, dense_layers=0, step_cache="pab")
     clock, values = pipe.transformer._cache_config.current_timestep_callback, []
