@@ -16,7 +16,7 @@ import dataclasses
 import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -172,7 +172,7 @@ class Work:
             if proc is not None:
                 enable(self.pipe, proc)
             with watching(self.pipe.transformer) as seconds:
-                clip, whole = timed(self.pipe, job["prompt"], 0, self.plan.shape(), _nothing())
+                clip, whole = timed(self.pipe, job["prompt"], 0, self.plan.shape(), nullcontext())
                 cost: Result = {"transformer_seconds": seconds(), "seconds": whole}
             if proc is not None:
                 report = summary(self.pipe)
@@ -187,12 +187,6 @@ class Work:
         if attention not in self._warm:
             self._warm.add(attention)
             warm_up(self.pipe, held_out()[1][0], self.plan.proc(NO_CACHE, attention), self.plan.shape())
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    """In the place of a progress bar."""
-    yield None
 
 
 class Caches:

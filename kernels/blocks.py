@@ -157,3 +157,18 @@ class Blocks:
 def _index(index: Tensor | None) -> Tensor | None:
     """The layout's index as (B|1, H|1, slots)."""
     return index if index is None or index.dim() == 3 else index[None, None]
+
+
+def empty_results(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Fresh memory for what an attention kernel writes.
+
+    Args:
+        query (B, Lq, H, D), key (B, Lk, H, D), value (B, Lk, H, Dv).
+
+    Returns:
+        out (B, Lq, H, Dv) in the query's dtype, LSE (B, H, Lq) float32; 0 and -inf where there is no key.
+    """
+    batch, tokens, heads, _ = query.shape
+    out = torch.empty(batch, tokens, heads, value.shape[3], dtype=query.dtype, device=query.device)
+    lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=query.device)
+    return (out, lse) if key.numel() else (out.zero_(), lse.fill_(-torch.inf))

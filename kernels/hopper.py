@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .blocks import Blocks
+from .blocks import Blocks, empty_results
 from .hopper_cuda import block_sparse_attention_cuda, cuda_reasons
 from .hopper_kernel import MAX_REGISTERS, attention_kernel
 from .hopper_plan import (
@@ -59,13 +59,9 @@ def block_sparse_attention_hopper(
     tuning = tuning or Tuning()
     if (CUDA_FIRST if tuning.cuda is None else tuning.cuda) and not cuda_reasons(query, key, value, blocks):
         return block_sparse_attention_cuda(query, key, value, blocks, scale, tuning)
-    B, Lq, H, _ = query.shape
-    out = torch.empty(B, Lq, H, value.shape[3], dtype=query.dtype, device=query.device)
-    lse = torch.empty(B, H, Lq, dtype=torch.float32, device=query.device)
-    if not out.numel():
+    out, lse = empty_results(query, key, value)
+    if not out.numel() or not key.numel():
         return out, lse
-    if not key.numel():
-        return out.zero_(), lse.fill_(-torch.inf)
     with _on_device(query.device):
         programs = torch.cuda.get_device_properties(query.device).multi_processor_count
         for arguments, constants, tiles in launches(query, key, value, blocks, scale, out, lse, tuning):

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .blocks import Blocks
+from .blocks import Blocks, empty_results
 
 LOG2_E = 1.4426950408889634
 
@@ -334,10 +334,8 @@ def block_sparse_attention_triton(
     Returns:
         out (B, Lq, H, Dv) in the query's dtype, LSE (B, H, Lq) float32.
     """
-    B, Lq, H, D = query.shape
-    DV = value.shape[3]
-    out = torch.empty(B, Lq, H, DV, dtype=query.dtype, device=query.device)
-    lse = torch.empty(B, H, Lq, dtype=torch.float32, device=query.device)
+    B, _, H, _ = query.shape
+    out, lse = empty_results(query, key, value)
     if not out.numel():
         return out, lse
     with _on_device(query.device):

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import Blocks
+from .blocks import Blocks, empty_results
 from .portable import (
     LOG2_E,
     _broadcast_strides,
@@ -148,9 +148,7 @@ def skip_attention_triton(
         out (B, Lq, H, Dv) in the query's dtype, LSE (B, H, Lq) float32, levels uint8 (B, H, nq, width).
     """
     B, Lq, H, D = query.shape
-    DV = value.shape[3]
-    out = torch.empty(B, Lq, H, DV, dtype=query.dtype, device=query.device)
-    lse = torch.empty(B, H, Lq, dtype=torch.float32, device=query.device)
+    out, lse = empty_results(query, key, value)
     levels = torch.zeros(B, H, *blocks.lists.shape[2:], dtype=torch.uint8, device=query.device)
     if not out.numel():
         return out, lse, levels

@@ -6,23 +6,17 @@
 // consumer is FlashAttention-3's (arXiv 2407.08608): the scores of a block are started, then the output of the block
 // before it, and the softmax runs under the latter.
 //
-// Macros: WIDTH, head dim in shared memory, 64 or 128. KEYS, of one product: a block of 128 or half of one. STAGES,
-// how many of these are in the ring, keys and values together. PROGRAMS, how many run on a multiprocessor at a time.
-// PERMUTED, queries and outputs go through an index. FP16, the type of the activations, else bfloat16.
-// QUERIES_IN_REGISTERS, PINGPONG, LAZY and SOFTMAX_FIRST choose how the same is computed.
+// Macros: WIDTH, head dim in shared memory, 64 or 128. STAGES, how many blocks are in the ring, keys and values
+// together. PERMUTED, queries and outputs go through an index. FP16, the type of the activations, else bfloat16.
 #include "producer.cuh"
 
 // Scores of 64 queries and one block of keys, started.
-__device__ __forceinline__ void start_scores(float (&score)[KEYS / 2], uint64 query, const uint32* query_registers,
-                                             int stage) {
+__device__ __forceinline__ void start_scores(float (&score)[KEYS / 2], uint64 query, int stage) {
     const uint64 key = operand(shared_address(memory) + RING, 0, 1024) + stage * (BLOCK_BYTES / 16);
 #pragma unroll
     for (int k = 0; k < WIDTH / 16; k++) {
         const int step = (k / 4 * HALF_BYTES + k % 4 * 32) / 16;
-        if (QUERIES_IN_REGISTERS)
-            wgmma_registers(score, query_registers + 4 * k, key + step, k > 0);
-        else
-            wgmma_shared(score, query + (k / 4 * QUERY_HALF_BYTES + k % 4 * 32) / 16, key + step, k > 0);
+        wgmma_shared(score, query + step, key + step, k > 0);
     }
     wgmma_commit();
 }
@@ -93,28 +87,20 @@ __device__ __forceinline__ void pack_all(uint32 (&weight)[KEYS / 4], const float
     for (int i = 0; i < KEYS / 4; i++) weight[i] = pack(score[2 * i], score[2 * i + 1]);
 }
 
-// Scores become weights; shrink: what multiplies the sums before. Returns whether anything is to be multiplied.
+// Scores become weights; shrink: what multiplies the sums before.
 template <bool TESTED>
-__device__ __forceinline__ bool soften(float (&score)[KEYS / 2], Rows& rows, float (&shrink)[2], float scale_log2) {
+__device__ __forceinline__ void soften(float (&score)[KEYS / 2], Rows& rows, float (&shrink)[2], float scale_log2) {
     float top[2];
     largest(score, rows, top);
-    bool rescale = true;
-    if (LAZY) {
-        const float step = LAZY_STEP / scale_log2;
-        rescale = __any_sync(0xFFFFFFFF, top[0] > rows.base[0] + step || top[1] > rows.base[1] + step);
-    }
-    if (rescale) {
 #pragma unroll
-        for (int u = 0; u < 2; u++) {
-            const float base = TESTED && top[u] == -INFINITY_ ? 0.0f : top[u];
-            shrink[u] = exp2_fast((rows.base[u] - base) * scale_log2);
-            rows.base[u] = top[u];
-            rows.sum[u] *= shrink[u];
-        }
+    for (int u = 0; u < 2; u++) {
+        const float base = TESTED && top[u] == -INFINITY_ ? 0.0f : top[u];
+        shrink[u] = exp2_fast((rows.base[u] - base) * scale_log2);
+        rows.base[u] = top[u];
+        rows.sum[u] *= shrink[u];
     }
     weigh<TESTED>(score, rows, scale_log2);
     pin(score);
-    return rescale;
 }
 
 __device__ __forceinline__ void scale_rows(float (&out)[WIDTH / 2], const float (&shrink)[2]) {
@@ -134,20 +120,17 @@ __device__ __forceinline__ void await(Place place) {
 // Scores and softmax of the block at `place`, output of the block before it.
 template <bool TESTED>
 __device__ __forceinline__ void step(float (&score)[KEYS / 2], float (&out)[WIDTH / 2], uint32 (&weight)[KEYS / 4],
-                                     Rows& rows, uint64 query, const uint32* query_registers, Place& place,
-                                     float scale_log2, int group, int lane) {
+                                     Rows& rows, uint64 query, Place& place, float scale_log2, int lane) {
     const Place key = place;
     place.next();
     const Place value = place;
     place.next();
     await(key);
-    if (PINGPONG) named_sync(3 + group, 256);
     wgmma_fence();
-    start_scores(score, query, query_registers, key.stage);
+    start_scores(score, query, key.stage);
     await(value);
     wgmma_fence();
     start_output(out, weight, value.stage);
-    if (PINGPONG) named_arrive(4 - group, 256);
     wgmma_wait<1>();
     pin(score);
     if (TESTED) {
@@ -159,13 +142,11 @@ __device__ __forceinline__ void step(float (&score)[KEYS / 2], float (&out)[WIDT
         give_back(key.stage, lane);
     }
     float shrink[2];
-    const bool rescale = soften<TESTED>(score, rows, shrink, scale_log2);
-    // What is waited for here is used next; the loop in it keeps the assembler from moving the softmax behind the wait.
-    if (SOFTMAX_FIRST) await(place);
+    soften<TESTED>(score, rows, shrink, scale_log2);
     wgmma_wait<0>();
     pin(out);
     give_back(value.stage, lane);
-    if (rescale) scale_rows(out, shrink);
+    scale_rows(out, shrink);
     pack_all(weight, score);
 }
 
@@ -179,7 +160,7 @@ __device__ __forceinline__ void scatter(const Arguments& arguments, const Tile& 
 #pragma unroll
     for (int row = lane / PIECES; row < 16; row += ROWS) {
         const int64 token = index[row];
-        const uint4 numbers = load_16(source + piece / 8 * QUERY_HALF_BYTES + row * 128 + (piece % 8 ^ row % 8) * 16);
+        const uint4 numbers = load_16(source + piece / 8 * HALF_BYTES + row * 128 + (piece % 8 ^ row % 8) * 16);
         const int64 target = (here.batch * static_cast<int64>(arguments.tokens) + token) * arguments.heads + here.head;
         if (token >= 0 && piece * 8 < arguments.value_dim)
             *reinterpret_cast<uint4*>(arguments.out_rows + (target * arguments.value_dim + piece * 8) * 2) = numbers;
@@ -205,12 +186,12 @@ __device__ __forceinline__ void finish(const Arguments& arguments, const Tile& h
             arguments.lse[(static_cast<int64>(here.batch) * arguments.heads + here.head) * arguments.tokens + token] =
                 lse;
     }
-    const uint32 target = shared_address(memory) + slot * QUERY_BYTES + warp * 16 * 128;
+    const uint32 target = shared_address(memory) + slot * BLOCK_BYTES + warp * 16 * 128;
     const int row = lane % 16;
 #pragma unroll
     for (int j = 0; j < WIDTH / 16; j++) {
         const float* x = out + 8 * j;
-        matrices_store(target + j / 4 * QUERY_HALF_BYTES + row * 128 + ((j % 4 * 2 + lane / 16) ^ row % 8) * 16,
+        matrices_store(target + j / 4 * HALF_BYTES + row * 128 + ((j % 4 * 2 + lane / 16) ^ row % 8) * 16,
                        pack(x[0] * factor[0], x[1] * factor[0]), pack(x[2] * factor[1], x[3] * factor[1]),
                        pack(x[4] * factor[0], x[5] * factor[0]), pack(x[6] * factor[1], x[7] * factor[1]));
     }
@@ -223,7 +204,7 @@ __device__ __forceinline__ void finish(const Arguments& arguments, const Tile& h
         if (lane == 0) {
 #pragma unroll
             for (int half = 0; half < HALVES; half++)
-                bulk_store(&arguments.out, target + half * QUERY_HALF_BYTES, half * 64,
+                bulk_store(&arguments.out, target + half * HALF_BYTES, half * 64,
                            here.block * QUERIES + warp * 16, here.head, here.batch);
             bulk_commit();
         }
@@ -235,27 +216,14 @@ __device__ __forceinline__ void consume(const Arguments& arguments, int group, i
     const int warp = group * 4 + threadIdx.x / 32 % 4;
     const float scale_log2 = arguments.scale_log2;
     Place place = {0, 0};
-    if (PINGPONG && group == 1) named_arrive(3, 256);
     for (uint32 round = 0;; round++) {
         const int slot = round % SLOTS;
         const uint32 phase = round / SLOTS & 1;
-        const Tile& here = shared().tiles[slot];
-        mbarrier_wait(shared_address(&shared().tile_ready[slot]), phase);
-        const int whole = here.whole * PARTS, real = here.real * PARTS;
+        const Tile& here = await_tile(slot, phase);
+        const int whole = here.whole, real = here.real;
         if (real < 0) break;
         mbarrier_wait(shared_address(&shared().query_ready[slot]), phase);
-        const uint32 query_at = shared_address(memory) + slot * QUERY_BYTES;
-        const uint64 query = operand(query_at + group * (64 * 128), 0, 1024);
-        uint32 query_registers[QUERIES_IN_REGISTERS ? WIDTH / 4 : 1];
-        if (QUERIES_IN_REGISTERS) {
-            const int row = warp * 16 + lane % 16;
-#pragma unroll
-            for (int k = 0; k < WIDTH / 16; k++) {
-                const int piece = (k % 4 * 2 + lane / 16) ^ row % 8;
-                matrices_load(reinterpret_cast<uint32(&)[4]>(query_registers[4 * k]),
-                              query_at + k / 4 * QUERY_HALF_BYTES + row * 128 + piece * 16);
-            }
-        }
+        const uint64 query = operand(shared_address(memory) + slot * BLOCK_BYTES + group * (64 * 128), 0, 1024);
         float score[KEYS / 2], out[WIDTH / 2];
         uint32 weight[KEYS / 4];
         Rows rows = {{-INFINITY_, -INFINITY_}, {0.0f, 0.0f}};
@@ -264,7 +232,7 @@ __device__ __forceinline__ void consume(const Arguments& arguments, int group, i
         if (real > 0) {
             await(place);
             wgmma_fence();
-            start_scores(score, query, query_registers, place.stage);
+            start_scores(score, query, place.stage);
             wgmma_wait<0>();
             pin(score);
             const int length = shared().lengths[place.stage];
@@ -285,10 +253,10 @@ __device__ __forceinline__ void consume(const Arguments& arguments, int group, i
             int i = 1;
 #pragma unroll 1
             for (; i < whole; i++)
-                step<false>(score, out, weight, rows, query, query_registers, place, scale_log2, group, lane);
+                step<false>(score, out, weight, rows, query, place, scale_log2, lane);
 #pragma unroll 1
             for (; i < real; i++)
-                step<true>(score, out, weight, rows, query, query_registers, place, scale_log2, group, lane);
+                step<true>(score, out, weight, rows, query, place, scale_log2, lane);
             await(place);
             wgmma_fence();
             start_output(out, weight, place.stage);
@@ -298,7 +266,7 @@ __device__ __forceinline__ void consume(const Arguments& arguments, int group, i
             place.next();
         }
         // The output leaves through the queries' memory, which all warps of the group have read.
-        if (!QUERIES_IN_REGISTERS) named_sync(1 + group, 128);
+        named_sync(1 + group, 128);
         finish(arguments, here, out, rows, slot, warp, lane);
         __syncwarp();
         if (lane == 0) {
@@ -309,7 +277,7 @@ __device__ __forceinline__ void consume(const Arguments& arguments, int group, i
     if (!PERMUTED && lane == 0) bulk_wait_read();
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attention(const __grid_constant__ Arguments arguments) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_constant__ Arguments arguments) {
     const int warp = __shfl_sync(0xFFFFFFFF, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {

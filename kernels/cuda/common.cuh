@@ -55,10 +55,6 @@ __device__ __forceinline__ void named_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-__device__ __forceinline__ void named_arrive(int id, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 // ---- Copies ---------------------------------------------------------------------------------------------------------
 
 // Ordinary stores to shared memory become visible to the copy engine and to the matrix unit.
@@ -142,12 +138,6 @@ __device__ __forceinline__ void pin(float (&x)[N]) {
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(x[i])::"memory");
 }
 
-template <int N>
-__device__ __forceinline__ void pin(uint32 (&x)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; i++) asm volatile("" : "+r"(x[i])::"memory");
-}
-
 #ifdef FP16
 #define ELEMENT "f16"
 #else
@@ -168,40 +158,13 @@ __device__ __forceinline__ void pin(uint32 (&x)[N]) {
 // 8 j + 2 (t % 4) + v. Of a 64 x 16 operand in registers, in 16-bit half v of a[u + 2 w]: the same row, column
 // 8 w + 2 (t % 4) + v.
 
-// d (64 x 128 or 64 x 64) = [d +] a b, both in shared memory and K-major. `add`: 0 overwrites d.
+// d (64 x 128) = [d +] a b, both in shared memory and K-major. `add`: 0 overwrites d.
 __device__ __forceinline__ void wgmma_shared(float (&d)[64], uint64 a, uint64 b, int add) {
     asm volatile(
         "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n128k16.f32." ELEMENT "." ELEMENT " " REGISTERS_64
         ", %64, %65, add, 1, 1, 0, 0;\n}\n"
         : F16(d, 0), F16(d, 16), F16(d, 32), F16(d, 48) : "l"(a), "l"(b), "r"(add));
-}
-
-// The same with a in registers.
-__device__ __forceinline__ void wgmma_registers(float (&d)[64], const uint32* a, uint64 b, int add) {
-    asm volatile(
-        "{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32." ELEMENT "." ELEMENT " " REGISTERS_64
-        ", {%64,%65,%66,%67}, %68, add, 1, 1, 0;\n}\n"
-        : F16(d, 0), F16(d, 16), F16(d, 32), F16(d, 48)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-}
-
-__device__ __forceinline__ void wgmma_shared(float (&d)[32], uint64 a, uint64 b, int add) {
-    asm volatile(
-        "{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32." ELEMENT "." ELEMENT " " REGISTERS_32
-        ", %32, %33, add, 1, 1, 0, 0;\n}\n"
-        : F16(d, 0), F16(d, 16) : "l"(a), "l"(b), "r"(add));
-}
-
-__device__ __forceinline__ void wgmma_registers(float (&d)[32], const uint32* a, uint64 b, int add) {
-    asm volatile(
-        "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32." ELEMENT "." ELEMENT " " REGISTERS_32
-        ", {%32,%33,%34,%35}, %36, add, 1, 1, 0;\n}\n"
-        : F16(d, 0), F16(d, 16)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
 
 // d (64 x 128 or 64 x 64) = [d +] a b, a in registers, b in shared memory and MN-major.
@@ -248,13 +211,8 @@ __device__ __forceinline__ uint32 pack(float low, float high) {
     return both;
 }
 
-// Four 8 x 8 matrices of 16 bits between registers and rows of 16 bytes; lane l says where row l % 8 of matrix l / 8
+// Four 8 x 8 matrices of 16 bits from registers to rows of 16 bytes; lane l says where row l % 8 of matrix l / 8
 // is.
-__device__ __forceinline__ void matrices_load(uint32 (&x)[4], uint32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address) : "memory");
-}
-
 __device__ __forceinline__ void matrices_store(uint32 address, uint32 a, uint32 b, uint32 c, uint32 d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
                  ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");

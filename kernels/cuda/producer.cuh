@@ -2,21 +2,17 @@
 #pragma once
 #include "common.cuh"
 
-constexpr int QUERIES = 128;
-constexpr int PARTS = 128 / KEYS;              // products of a listed block
+constexpr int QUERIES = 128;                   // of a tile
+constexpr int KEYS = 128;                      // of a block
 constexpr int THREADS = 384;
 constexpr int HALVES = WIDTH / 64;             // a row of shared memory holds 64 numbers
-constexpr uint32 HALF_BYTES = KEYS * 128;      // 64 numbers of each of the keys
+constexpr uint32 HALF_BYTES = 128 * 128;       // 64 numbers of each of the queries, or keys
 constexpr uint32 BLOCK_BYTES = HALVES * HALF_BYTES;
-constexpr uint32 QUERY_HALF_BYTES = QUERIES * 128;
-constexpr uint32 QUERY_BYTES = HALVES * QUERY_HALF_BYTES;
 constexpr int SLOTS = 2;                       // tiles that are known at a time: the present and the next
 constexpr int CONSUMER_WARPS = 8;
 constexpr int GATHER_WARPS = 2;
-constexpr int CONSUMER_REGISTERS = PROGRAMS == 1 ? 232 : 112;
-constexpr int PRODUCER_REGISTERS = PROGRAMS == 1 ? 40 : 24;
-// Sums are rescaled where a maximum grew by more than 2^8: exact, as all weights of a query share one factor.
-constexpr float LAZY_STEP = 8.0f;
+constexpr int CONSUMER_REGISTERS = 232;
+constexpr int PRODUCER_REGISTERS = 40;
 constexpr float LN_2 = 0.6931471805599453f;
 #define INFINITY_ __int_as_float(0x7F800000)
 
@@ -55,7 +51,7 @@ struct Shared {
 
 // Queries, two tiles of them; the ring; barriers.
 extern __shared__ __align__(1024) unsigned char memory[];
-constexpr uint32 RING = SLOTS * QUERY_BYTES;
+constexpr uint32 RING = SLOTS * BLOCK_BYTES;
 constexpr uint32 SHARED = RING + STAGES * BLOCK_BYTES;
 static_assert(SHARED + sizeof(Shared) <= SHARED_BYTES, "the launcher asks for too little shared memory");
 
@@ -72,6 +68,12 @@ struct Place {
 };
 
 __device__ __forceinline__ Shared& shared() { return *reinterpret_cast<Shared*>(memory + SHARED); }
+
+// The tile in a slot, once the scheduler has written it.
+__device__ __forceinline__ const Tile& await_tile(int slot, uint32 phase) {
+    mbarrier_wait(shared_address(&shared().tile_ready[slot]), phase);
+    return shared().tiles[slot];
+}
 
 // ---- The producer's warps -------------------------------------------------------------------------------------------
 
@@ -137,8 +139,7 @@ __device__ __forceinline__ void produce(const Arguments& arguments, int lane) {
     for (uint32 round = 0;; round++) {
         const int slot = round % SLOTS;
         const uint32 phase = round / SLOTS & 1;
-        const Tile& here = shared().tiles[slot];
-        mbarrier_wait(shared_address(&shared().tile_ready[slot]), phase);
+        const Tile& here = await_tile(slot, phase);
         const int real = here.real, batch = here.batch, head = here.head, block = here.block;
         if (real < 0) return;
         // 32 entries of the list at a time, one per lane, the next ones on their way.
@@ -151,10 +152,10 @@ __device__ __forceinline__ void produce(const Arguments& arguments, int lane) {
             if (!PERMUTED) {
                 const uint32 barrier = shared_address(&shared().query_ready[slot]);
                 mbarrier_wait(shared_address(&shared().query_free[slot]), phase ^ 1);
-                mbarrier_expect(barrier, QUERY_BYTES);
+                mbarrier_expect(barrier, BLOCK_BYTES);
 #pragma unroll
                 for (int half = 0; half < HALVES; half++)
-                    bulk_load(shared_address(memory) + slot * QUERY_BYTES + half * QUERY_HALF_BYTES, &arguments.query,
+                    bulk_load(shared_address(memory) + slot * BLOCK_BYTES + half * HALF_BYTES, &arguments.query,
                               barrier, half * 64, block * QUERIES, head, batch);
             }
         }
@@ -169,20 +170,16 @@ __device__ __forceinline__ void produce(const Arguments& arguments, int lane) {
                 next_listed = i + 32 + lane < real ? list[i + 32 + lane] : 0;
             }
             if (i % 32 == 16) next_length = arguments.key_lengths[next_listed];
-            const int found = __shfl_sync(0xFFFFFFFF, listed, i % 32) * 128;
+            const int row = __shfl_sync(0xFFFFFFFF, listed, i % 32) * KEYS;
             const int found_length = __shfl_sync(0xFFFFFFFF, length, i % 32);
             if (lane == 0) {
-#pragma unroll
-                for (int part = 0; part < PARTS; part++) {
-                    const int row = found + part * KEYS;
-                    copy_block(&arguments.key, place, row, head, batch, found_length - part * KEYS);
+                copy_block(&arguments.key, place, row, head, batch, found_length);
+                place.next();
+                if (i) {
+                    copy_block(&arguments.value, place, previous, head, batch, 0);
                     place.next();
-                    if (i || part) {
-                        copy_block(&arguments.value, place, previous, head, batch, 0);
-                        place.next();
-                    }
-                    previous = row;
                 }
+                previous = row;
             }
         }
         if (lane == 0 && real) {
@@ -200,8 +197,7 @@ __device__ __forceinline__ void gather(const Arguments& arguments, int part, int
     for (uint32 round = 0;; round++) {
         const int slot = round % SLOTS;
         const uint32 phase = round / SLOTS & 1;
-        const Tile& here = shared().tiles[slot];
-        mbarrier_wait(shared_address(&shared().tile_ready[slot]), phase);
+        const Tile& here = await_tile(slot, phase);
         const int real = here.real, batch = here.batch, head = here.head, block = here.block;
         __syncwarp();
         if (lane == 0) mbarrier_arrive(shared_address(&shared().tile_free[slot]));
@@ -212,7 +208,7 @@ __device__ __forceinline__ void gather(const Arguments& arguments, int part, int
             arguments.index + batch * arguments.index_b + head * arguments.index_h + block * QUERIES + part * 64;
         const char* source =
             arguments.query_rows + (batch * arguments.query_b + head * arguments.query_h) * 2 + piece * 16;
-        const uint32 target = shared_address(memory) + slot * QUERY_BYTES + piece / 8 * QUERY_HALF_BYTES;
+        const uint32 target = shared_address(memory) + slot * BLOCK_BYTES + piece / 8 * HALF_BYTES;
 #pragma unroll 4
         for (int row = lane / PIECES; row < 64; row += ROWS) {
             const int64 token = index[row];  // -1 is padding

@@ -83,26 +83,14 @@ def never_waits() -> str:
     return ""
 
 
-WAYS: dict[str, dict[str, Any]] = {
-    "": {}, ", next free tile": dict(dynamic=True), ", one program per tile": dict(persistent=False),
-    ", queries in registers": dict(queries_in_registers=True), ", turns": dict(pingpong=True),
-    ", lazy": dict(lazy=True), ", softmax first": dict(softmax_first=True),
-    ", lazy, softmax first": dict(lazy=True, softmax_first=True),
-    ", all four": dict(queries_in_registers=True, pingpong=True, lazy=True, softmax_first=True),
-}
-TWO = dict(keys=64, programs=2)
-WAYS_64 = WAYS | {", two programs": TWO,
-                  ", two programs, lazy, softmax first": TWO | dict(lazy=True, softmax_first=True)}
-
-
 def speeds(log: Callable[[str], None]) -> list[dict[str, Any]]:
-    """The ways to compute a call, the kernel in Gluon, cuDNN and FlashAttention-4 (where installed), taking turns."""
+    """Persistent and not, the kernel in Gluon, cuDNN and FlashAttention-4 (where installed), taking turns."""
     if why := hopper_plan.missing() or nvrtc.missing():
         log(f"speeds of the kernel in CUDA C++ left out: {why}")
         return []
     from dit_sparse.eval.peers import available
     from dit_sparse.kernels.hopper import block_sparse_attention_hopper
-    from dit_sparse.kernels.hopper_cuda import Ways, block_sparse_attention_cuda
+    from dit_sparse.kernels.hopper_cuda import block_sparse_attention_cuda
 
     peers = [peer for peer in available("cuda", BF16)[0] if peer.name in ("cuDNN", "FlashAttention-4")]
     rows, tokens = [], 32768
@@ -114,9 +102,9 @@ def speeds(log: Callable[[str], None]) -> list[dict[str, Any]]:
             mask = BlockMask.from_dense(keep, layout, layout)
             call, found = (query, key, value, Blocks.from_mask(mask), dim**-0.5), mask.density().item()
             calls: dict[str, Callable[[], Any]] = {
-                f"cuda{name}": partial(block_sparse_attention_cuda, *call, ways=Ways(**way))
-                for name, way in (WAYS if dim == 128 else WAYS_64).items()}
-            calls["gluon"] = partial(block_sparse_attention_hopper, *call, Tuning(cuda=False))
+                "cuda": partial(block_sparse_attention_cuda, *call),
+                "cuda, one program per tile": partial(block_sparse_attention_cuda, *call, Tuning(persistent=False)),
+                "gluon": partial(block_sparse_attention_hopper, *call, Tuning(cuda=False))}
             calls |= {peer.name: peer.prepare(query, key, value, keep, 128) for peer in peers
                       if peer.sparse or density == 1.0}
             for name, took in speed.in_turn(calls, "cuda", rounds=9).items():

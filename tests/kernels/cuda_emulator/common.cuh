@@ -95,7 +95,7 @@ inline void mbarrier_wait(uint32 at, uint32 parity) {
         abort();
     }
 }
-inline void named(int id, int threads, bool wait) {
+inline void named_sync(int id, int threads) {
     std::unique_lock<std::mutex> held(lock);
     Named& b = named_barriers[id];
     const uint64 phase = b.phase;
@@ -103,12 +103,10 @@ inline void named(int id, int threads, bool wait) {
         b.arrived = 0;
         b.phase++;
         changed.notify_all();
-    } else if (wait) {
+    } else {
         changed.wait(held, [&] { return b.phase != phase; });
     }
 }
-inline void named_sync(int id, int threads) { named(id, threads, true); }
-inline void named_arrive(int id, int threads) { named(id, threads, false); }
 inline void __syncthreads() { pthread_barrier_wait(&all_threads); }
 inline void __syncwarp() { pthread_barrier_wait(&warps[warp_index()]); }
 
@@ -126,11 +124,6 @@ T __shfl_sync(unsigned, T value, int from) {
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int bits) {
     return __shfl_sync(mask, value, lane_index() ^ bits);
-}
-inline bool __any_sync(unsigned mask, bool value) {
-    bool found = false;
-    for (int i = 0; i < 32; i++) found |= __shfl_sync(mask, value, i);
-    return found;
 }
 inline int atomicAdd(int* p, int n) { return __atomic_fetch_add(p, n, __ATOMIC_SEQ_CST); }
 inline float __int_as_float(unsigned bits) {
@@ -245,11 +238,6 @@ void wgmma_shared(float (&d)[N], uint64 a, uint64 b, int add) {
     product(d, [=](int row, int k) { return by_row(a, row, k); }, [=](int n, int k) { return by_row(b, n, k); }, add);
 }
 template <int N>
-void wgmma_registers(float (&d)[N], const uint32* a, uint64 b, int add) {
-    registers[threadIdx.x / 128][threadIdx.x % 128] = a;
-    product(d, by_lane, [=](int n, int k) { return by_row(b, n, k); }, add);
-}
-template <int N>
 void wgmma_transposed(float (&d)[N], const uint32* a, uint64 b, int add) {
     registers[threadIdx.x / 128][threadIdx.x % 128] = a;
     product(d, by_lane, [=](int n, int k) { return by_k(b, n, k); }, add);
@@ -266,17 +254,11 @@ template <int N>
 void more_registers() {}
 
 inline uint32 addresses[12][32];
-inline void exchange_matrices(uint32 address, uint32* x, bool load) {
+inline void matrices_store(uint32 address, uint32 a, uint32 b, uint32 c, uint32 d) {
+    const uint32 x[4] = {a, b, c, d};
     addresses[warp_index()][lane_index()] = address;
     __syncwarp();
-    for (int i = 0; i < 4; i++) {
-        unsigned char* at = memory + addresses[warp_index()][8 * i + lane_index() / 4] + lane_index() % 4 * 4;
-        memcpy(load ? (void*)(x + i) : at, load ? at : (const void*)(x + i), 4);
-    }
+    for (int i = 0; i < 4; i++)
+        memcpy(memory + addresses[warp_index()][8 * i + lane_index() / 4] + lane_index() % 4 * 4, x + i, 4);
     __syncwarp();
-}
-inline void matrices_load(uint32 (&x)[4], uint32 address) { exchange_matrices(address, x, true); }
-inline void matrices_store(uint32 address, uint32 a, uint32 b, uint32 c, uint32 d) {
-    uint32 x[4] = {a, b, c, d};
-    exchange_matrices(address, x, false);
 }
