@@ -1,15 +1,15 @@
 """The repository's own tables: what the README and docs/results say of the included model, made again by one command.
 
 The parts, the most wanted first: whether the model follows its prompts, the README's comparison of dense and sparse,
-every method at the preview size and at the long one. Each lies in a folder of its own and goes on where it was stopped;
-`write_tables` puts their numbers into one Markdown file and one of JSON.
+its table of fidelity, every method of a list at the preview size and at the long one. Each lies in a folder of its own
+and goes on where it was stopped; `write_tables` puts their numbers into one Markdown file and one of JSON.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from . import following, tables
 from .bootstrap import Interval
 from .config import EvalConfig, parse_config
 from .following import Following, read_kept
+from .methods import QUICK, Comparison, Plan
+from .methods_tables import sections
 from .results import Evaluation
 from .tables import Table
 
@@ -80,7 +82,24 @@ class Pair:
     seconds: int = 30
 
 
-Part = Following | Pair | Size
+@dataclass(frozen=True)
+class Fidelity:
+    """Some methods and random blocks at equal densities, as `dit-sparse eval methods` makes them.
+
+    Attributes:
+        title: its heading.
+        plan: what is made.
+        seconds: about what it takes on an H200.
+    """
+
+    title: str
+    plan: Plan
+    seconds: int = 120
+
+
+Part = Following | Pair | Fidelity | Size
+# Of the README's table. Without the second table of `eval methods`, of more captions and seeds.
+FAITHFUL = Plan(methods=("auto", "psa", "sol", "svg"), best=0, more_captions=0)
 
 
 @dataclass(frozen=True)
@@ -116,11 +135,13 @@ def parts(quick: bool) -> dict[str, Part]:
         return {
             "following": Following(follow.title, 64, 5, 2, 1.0, 4, 4, 5),
             "compare": Pair(pair.title, PROMPT, pair.method, pair.options, small, seconds=5),
+            "fidelity": Fidelity("Fidelity at equal densities", replace(QUICK, best=0, more_captions=0), 10),
             "preview": Size("Methods, quick size", "128x128x5", 3, 1.0, 2, 1),
         }
     return {
         "following": follow,
         "compare": pair,
+        "fidelity": Fidelity("Fidelity at equal densities", FAITHFUL),
         "preview": Size("Methods, preview size", "256x256x17", 20, 3.0, 8, 2, share=0.5),
         "long": Size("Methods, long size", "512x512x33", 20, 3.0, 4, 1, shown=2),
         "following-long": Following("Prompt following, long size", 512, 33, 20, 3.0, 32, 8, 30),
@@ -201,6 +222,15 @@ def following_done(plan: Following, found: Mapping[str, Any], files: Sequence[st
     """The tables of prompt following."""
     return Done(plan, found["environment"], {"": following.table(found)}, files=files,
                 extra={"by_kind": found["by_kind"]})  # fmt: skip
+
+
+def fidelity_done(part: Fidelity, run: Comparison, where: Mapping[str, Any], files: Sequence[str]) -> Done:
+    """The tables of methods at equal densities, finished or not."""
+    from .attention_time import read_times
+
+    found = {each.title: each.table() for each in sections(run, read_times())}
+    state = "finished" if run.complete() else "batches are missing, for want of time"
+    return Done(part, where, found, state, files)
 
 
 def size_done(size: Size, run: Evaluation, files: Sequence[str]) -> Done:
@@ -320,5 +350,9 @@ def _shape(entry: Done) -> str:
         shape = part.shape
         return (f'"{part.prompt}", seed {part.seed}; {shape["width"]}x{shape["height"]}x{shape["frames"]} (width x '
                 f"height x frames){counted}, {shape['steps']} steps, guidance {shape['guidance_scale']:g}.")
+    if isinstance(part, Fidelity):
+        plan = part.plan
+        return (f"{plan.side}x{plan.side}x{plan.frames} (width x height x frames), {plan.steps} steps, guidance "
+                f"{plan.guidance:g}, {plan.captions} captions; docs/evaluation.md says what the columns mean.")
     return (f"{part.size} (width x height x frames){counted}, {part.steps} steps, guidance {part.guidance:g}, "
             f"{entry.extra['captions']} captions.")

@@ -12,7 +12,7 @@ from .request import check_writable
 from .run import check_device
 
 if TYPE_CHECKING:
-    from ..eval.methods import Plan
+    from ..eval.methods import Comparison, Plan, Work
 
 
 def compare_methods(
@@ -46,17 +46,30 @@ def compare_methods(
     given = {"steps": steps, "guidance": guidance, "batch": batch, "device": device}
     words += [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
     words += [word for name in methods or [] for word in ("--method", name)]
-    _make(plan, out, shlex.join(words), quick, seconds, device, as_json)
+    run, work, files = make_comparison(plan, out, shlex.join(words), quick, seconds, device)
+    _tell(run, files, as_json)
+    refuse_dead(work)
 
 
-def _make(
-    plan: Plan, out: Path, command: str, quick: bool, seconds: float | None, device: str | None, as_json: bool
-) -> None:
+def make_comparison(
+    plan: Plan, out: Path, command: str, quick: bool, seconds: float | None, device: str | None
+) -> tuple[Comparison, Work | None, list[Path]]:
+    """Make what is missing of a plan, and the folder's tables.
+
+    Args:
+        plan: what is made.
+        out: a folder that `prepare` found right.
+        command: that makes it, for the tables.
+        quick, seconds, device: as in `compare_methods`.
+
+    Returns:
+        What is there, what made it (None where nothing was to be made), and the files.
+    """
     from ..eval.attention_time import read_times
     from ..eval.bed import Bed
     from ..eval.evaluation import digest, environment
     from ..eval.methods import Comparison, Work, deadline
-    from ..eval.methods_tables import COLUMNS, console_rows, read_environment, sections, write
+    from ..eval.methods_tables import read_environment, write
     from ..pipelines.load import load, locate
 
     stop = deadline(seconds)
@@ -77,15 +90,26 @@ def _make(
         where = environment(pipe) if work is not None and (work.made or not there) else there
         with refusing(OSError, prefix=f"--out {out}: "):
             files = write(run, out, times, command=command, environment=where, quick=quick)
+    return run, work, files
+
+
+def _tell(run: Comparison, files: list[Path], as_json: bool) -> None:
+    from ..eval.attention_time import read_times
+    from ..eval.methods_tables import COLUMNS, console_rows, sections
+
     done = run.complete()
     made = {"finished": done, "results": len(run.results), "files": [str(file) for file in files]}
     if as_json:
         print_json(made)
     else:
-        for each in sections(run, times):
+        for each in sections(run, read_times()):
             print_table(COLUMNS, console_rows(each), title=each.title)
         print_pairs({"results": len(run.results), "finished": "yes" if done else "no; the same command goes on",
                      "written": made["files"]})
+
+
+def refuse_dead(work: Work | None) -> None:
+    """Say so where the GPU gave up on the way."""
     if work is not None and work.dead:
         raise UserError("the GPU stopped answering; start the same command again, and it goes on behind that batch")
 

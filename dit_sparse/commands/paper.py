@@ -17,7 +17,8 @@ from .run import check_device, open_pipeline, stay_offline
 
 if TYPE_CHECKING:
     from ..eval.following import Following
-    from ..eval.paper import Done, Pair, Part
+    from ..eval.methods import Comparison
+    from ..eval.paper import Done, Fidelity, Pair, Part
 
 
 def paper(
@@ -110,6 +111,8 @@ class _Maker:
             return f"{max(left, 0):.0f} seconds were left; the same command makes it"
         if isinstance(part, tables.Size):
             return self._size(part, folder, None if left is None else left * part.share)
+        if isinstance(part, tables.Fidelity):
+            return self._fidelity(part, folder, left)
         with self._refusing():
             if isinstance(part, Following):
                 from ..eval.following import follow
@@ -137,6 +140,12 @@ class _Maker:
         folder = self.out / tables.RUNS / name
         if isinstance(part, tables.Size):
             return self._size_done(part, folder) if (folder / RESULTS).is_file() else "not asked for"
+        if isinstance(part, tables.Fidelity):
+            from ..eval.methods import Comparison
+
+            run = Comparison(part.plan, folder, self._weights())
+            run.load()
+            return self._fidelity_done(part, folder, run) if run.results else "not asked for"
         file = folder / (RESULT if isinstance(part, Following) else tables.COMPARED)
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
@@ -144,6 +153,25 @@ class _Maker:
         except (OSError, ValueError, LookupError, TypeError):
             return "not asked for"
         return self._single(name, part, found) if same else "not asked for"
+
+    def _fidelity(self, part: Fidelity, folder: Path, seconds: float | None) -> Done:
+        from ..eval.methods import MARK, RESULTS, TABLES
+        from .methods_comparison import make_comparison, prepare, refuse_dead
+
+        prepare(folder, MARK, RESULTS, TABLES)
+        command, quick = shlex.join(self.words), "--quick" in self.words
+        run, work, _ = make_comparison(part.plan, folder, command, quick, seconds, self.device)
+        refuse_dead(work)
+        return self._fidelity_done(part, folder, run)
+
+    @staticmethod
+    def _fidelity_done(part: Fidelity, folder: Path, run: Comparison) -> Done:
+        from ..eval import paper as tables
+        from ..eval.methods import TABLES
+        from ..eval.methods_tables import read_environment
+
+        place = f"{tables.RUNS}/{folder.name}/{TABLES}"
+        return tables.fidelity_done(part, run, read_environment(folder), [place])
 
     def _size(self, size: Any, folder: Path, seconds: float | None) -> Done:
         from ..eval import paper as tables

@@ -35,7 +35,7 @@ def test_quick_tables_and_their_resumption(
     assert main(WORDS) == 0
     assert made == 2 * LABELS
     told = json.loads(capsys.readouterr().out)
-    assert told["parts"] == dict.fromkeys(("following", "compare", "preview"), "finished")
+    assert told["parts"] == dict.fromkeys(("following", "compare", "fidelity", "preview"), "finished")
     assert all(Path(file).is_file() for file in told["files"] + told["reports"])
     text = (tmp_path / "out" / "paper.md").read_text()
     assert "`dit-sparse eval paper --quick --out out --device cpu`" in text and "192 tokens, 3 steps" in text
@@ -43,6 +43,7 @@ def test_quick_tables_and_their_resumption(
     for title, first, rows in (
         ("## Prompt following", "clips", ["generated", "the", "drawn", "drawn"]),
         ("## Dense and sparse", "method", ["svg,"]),
+        ("### Density near 0.5", "method", None),
         ("### Speed", "method", LABELS),
         ("### Fidelity to dense, same seed", "method", LABELS[1:]),
         ("### Prompt following and quality", "measure", None),
@@ -73,7 +74,7 @@ def test_quick_tables_and_their_resumption(
 
 def check_numbers(numbers: dict, text: str) -> None:
     """The JSON file holds what the Markdown file shows, with date and hardware."""
-    assert set(numbers["parts"]) == {"following", "compare", "preview"} and numbers["quick"] is True
+    assert set(numbers["parts"]) == {"following", "compare", "fidelity", "preview"} and numbers["quick"] is True
     for part in numbers["parts"].values():
         assert part["state"] == "finished" and {"date", "device", "torch"} <= set(part["environment"])
         for table in part["tables"].values():
@@ -107,13 +108,13 @@ def test_seconds_that_do_not_suffice_leave_the_rest_for_later(
     assert main([*WORDS, "--part", "preview"]) == 0 and made == labels
     assert "Unfinished" not in (tmp_path / "out" / "paper.md").read_text()
     # A part made by itself leaves the tables of those made before.
-    assert main([*WORDS, "--part", "compare"]) == 0
+    assert main([*WORDS, "--part", "compare"]) == main([*WORDS, "--part", "fidelity"]) == 0
     capsys.readouterr()
     assert main([*WORDS, "--part", "following"]) == 0
     states = json.loads(capsys.readouterr().out)["parts"]
-    assert states == dict.fromkeys(("following", "compare", "preview"), "finished") and made == labels
+    assert states == dict.fromkeys(("following", "compare", "fidelity", "preview"), "finished") and made == labels
     text = (tmp_path / "out" / "paper.md").read_text()
-    assert text.count("\n## ") == 3 and "not asked for" not in text
+    assert text.count("\n## ") == 4 and "not asked for" not in text
 
 
 def test_what_the_seconds_do_not_allow_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +137,7 @@ def test_captions_are_of_the_worlds_grammar_and_nest() -> None:
 
 def test_full_parts_are_valid_and_the_most_wanted_come_first() -> None:
     parts = paper.parts(False)
-    assert list(parts)[:2] == ["following", "compare"]  # what the README prints
+    assert list(parts)[:3] == ["following", "compare", "fidelity"]  # what the README prints
     for name, part in parts.items():
         if isinstance(part, paper.Size):
             config = paper.config_of(part)
@@ -171,7 +172,7 @@ def test_wrong_places_are_refused_before_anything_is_made(
         (["--out", "docs"], "paper.md was not made by this command"),
         (["--out", "used"], "holds other files"),
         (["--out", "new", "--device", "warp"], "'warp' cannot be used"),
-        (["--out", "new", "--part", "speed"], "'speed' is unknown; use one of following, compare, preview"),
+        (["--out", "new", "--part", "speed"], "'speed' is unknown; use one of following, compare, fidelity, preview"),
     ):
         assert main(["eval", "paper", "--quick", *words]) == 2
         out, err = capsys.readouterr()

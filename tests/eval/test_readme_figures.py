@@ -62,6 +62,12 @@ def test_the_papers_parts_are_what_the_readme_says() -> None:
     assert f'`dit-sparse compare --long "{pair.prompt}"` on two cores, {pair.shape["steps"]} steps' in flat
     assert f"{pair.method} at density {pair.options['density']:.2f}".replace("0.", ".") in flat
     frames, height, width = (pair.shape[name] for name in ("frames", "height", "width"))
+    fidelity = parts["fidelity"]
+    assert isinstance(fidelity, paper.Fidelity)
+    table = next(text for text in re.findall(r"(?:^\|.*\n)+", README, re.MULTILINE) if "density .30" in text)
+    assert set(re.findall(r"`(\w+)`", table)) == set(fidelity.plan.methods or ())
+    assert re.findall(r"density (\.\d+)", table) == [f"{density:.2f}"[1:] for density in fidelity.plan.densities]
+    assert f"{fidelity.plan.captions} held-out captions, first fifth" in flat
     assert f"{(frames // 2 + 1) * (height // 16) * (width // 16):,} tokens" in flat
 
 
