@@ -323,6 +323,13 @@ def tune(
     prompts: Annotated[Path | None, typer.Option(help="File with one prompt a line; the last is held out.")] = None,
     pattern: Annotated[list[str] | None, typer.Option(help="drop, soft or band; may be repeated; else all.")] = None,
     statistic: Annotated[str, typer.Option(help="mean or min over the clips.")] = "mean",
+    dense_steps: Annotated[
+        str | None, typer.Option(help="Leading steps that stay dense, a share (0.2) or a number (4); else a tenth.")
+    ] = None,
+    dense_layers: Annotated[int, typer.Option(help="Leading layers that stay dense.")] = 0,
+    step_cache: Annotated[
+        str | None, typer.Option(help="Verify the plan once more beside this step cache; names as in generate.")
+    ] = None,
     seed: Seed = 0,
     size: Size = None,
     frames: Frames = None,
@@ -343,6 +350,9 @@ def tune(
         prompts_file=prompts,
         patterns=pattern,
         statistic=statistic,
+        dense_steps=dense_steps,
+        dense_layers=dense_layers,
+        step_cache=step_cache,
         seed=seed,
         size=size,
         frames=frames,

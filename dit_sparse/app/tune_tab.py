@@ -10,7 +10,7 @@ import gradio as gr
 from ..commands.console import UserError
 from ..tuning.steps import MODES
 from ..tuning.targets import SIGNS
-from . import tune_words, words
+from . import forms, tune_words, words
 from .fields import ShapeForm, shape_form
 from .generate_tab import BUSY, CANCELLED, FREE, GONE, GenerateForm, connect_stop, queued
 from .job import Cancelled, Progress
@@ -19,6 +19,7 @@ from .sessions import Sessions
 from .tune_work import check, run
 
 EMPTY = "Name a quality: heads, budgets and patterns are chosen for it, and checked on clips that the choice never saw."
+OWN = ("metric", "value", "mode", "statistic", "dense_steps", "dense_layers", "step_cache")  # beside those of a shape
 START = {"psnr": 30.0, "ssim": 0.9, "lpips": 0.1, "speedup": 1.5}
 
 
@@ -42,12 +43,19 @@ def tune_tab(shelf: Shelf, sessions: Sessions, tabs: gr.Tabs, form: GenerateForm
                 statistic = gr.Dropdown([("mean clip", "mean"), ("worst clip", "min")], value="mean",
                                         label="Reached by the", elem_id="tune-statistic", min_width=90)
             shape = shape_form(shelf, "tune", "Tune", several=True)
+            with gr.Accordion("Calls that stay dense, step cache", open=False, elem_id="tune-more"):
+                with gr.Row():
+                    steps = gr.Textbox("", label="Dense steps (0.2 or 4)", placeholder="automatic", max_lines=1,
+                                       elem_id="tune-dense-steps", min_width=90)
+                    layers = gr.Number(0, label="Dense layers", step=1, elem_id="tune-dense-layers", min_width=90)
+                cache = gr.Dropdown(["none", *forms.STEP_CACHES], value="none", label="Verify beside a step cache",
+                                    elem_id="tune-cache")
         with gr.Column(scale=7, min_width=300):
             state = gr.HTML(words.card(EMPTY, "ds-empty"), elem_id="tune-state", label="Progress")
             use = gr.Button("Use it in Generate", visible=False, elem_id="tune-use")
             result = gr.HTML("", elem_id="tune-result", label="Preset", min_height=1)
     start, stop = shape.run, shape.stop
-    inputs = [*shape.inputs, metric, value, mode, statistic]
+    inputs = [*shape.inputs, metric, value, mode, statistic, steps, layers, cache]  # the latter as in OWN
     event = queued(start, tuner(shelf, sessions, shape), inputs, [state, start, stop, use, result])
     connect_stop(stop, sessions, event, [state, start, stop])
     metric.input(START.get, metric, value, queue=False, show_progress="hidden", api_visibility="private")
@@ -63,10 +71,9 @@ def tuner(shelf: Shelf, sessions: Sessions, shape: ShapeForm) -> Any:
 
     def tune(request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
         count, same = len(shape.inputs), (gr.skip(), gr.skip())
-        metric, value, mode, statistic = values[count:]
+        own = dict(zip(OWN, values[count:], strict=True))
         try:
-            asked = check(shelf, **shape.read(values[:count]), metric=metric, value=value, mode=mode,
-                          statistic=statistic)
+            asked = check(shelf, **shape.read(values[:count]), **own)
             yield words.progress_card(Progress()), *BUSY, gr.Button(visible=False), ""
             for found in sessions.follow(request.session_hash, lambda job: run(shelf, asked, job)):
                 if isinstance(found, Progress):

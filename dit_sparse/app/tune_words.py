@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ..tuning.evidence import cache_lines
 from . import words
 from .work import address
 
@@ -65,12 +67,22 @@ def plan(preset: TunedPreset) -> str:
 
 
 def evidence(preset: TunedPreset) -> str:
-    """One row for every clip that was verified."""
+    """One row for every clip that was verified, and below the same clips beside a step cache."""
     if not preset.evidence:
         return '<p class="faint">No clip was verified.</p>'
-    names = list(dict.fromkeys(name for entry in preset.evidence for name in entry))
-    rows = [[_text(entry.get(name)) for name in names] for entry in preset.evidence]
-    return f"<h3>Evidence</h3>{words.table(names, rows)}"
+    return f"<h3>Evidence</h3>{_clips(preset.evidence)}{_with_cache(preset.step_cache)}"
+
+
+def _with_cache(held: Mapping[str, Any] | None) -> str:
+    if held is None:
+        return ""
+    title = f"<h3>With the step cache {escape(cache_lines(held)[0])}</h3>"
+    return title + (_clips(held["clips"]) if "clips" in held else "")
+
+
+def _clips(entries: Sequence[Mapping[str, Any]]) -> str:
+    names = list(dict.fromkeys(name for entry in entries for name in entry))
+    return words.table(names, [[_text(entry.get(name)) for name in names] for entry in entries])
 
 
 def _steps(preset: TunedPreset, bucket: int) -> str:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from ..commands.console import UserError, refusing
+from ..commands.request import parse_options
 from ..pipelines.hosts import host_arguments
+from ..schedule import Schedule
 from ..tuning.steps import MODES
 from ..tuning.targets import SIGNS, STATISTICS, Target
-from . import wanted
+from . import forms, wanted
 from .job import Job
 from .models import Shelf
 from .wanted import Wanted
@@ -24,13 +26,17 @@ MOST_PROMPTS = 8
 
 @dataclass(frozen=True)
 class Asked:
-    """One checked request: sizes and seed are those of `clip`; without prompts those that come along are taken."""
+    """One checked request: sizes and seed are those of `clip`; without prompts those that come along are taken.
+
+    `more` holds what is beside the defaults of dense_steps, dense_layers and step_cache.
+    """
 
     clip: Wanted
     target: str
     prompts: tuple[str, ...] | None
     mode: str
     statistic: str
+    more: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,8 @@ class Outcome:
 
 
 def check(
-    shelf: Shelf, *, metric: Any, value: Any, mode: Any, statistic: Any, prompt: Any = "", **shape: Any
+    shelf: Shelf, *, metric: Any, value: Any, mode: Any, statistic: Any, prompt: Any = "", dense_steps: Any = "",
+    dense_layers: Any = 0, step_cache: Any = "none", **shape: Any
 ) -> Asked:
     """Check everything that can be known before the model runs.
 
@@ -53,6 +60,9 @@ def check(
         mode: of `steps.MODES`.
         statistic: "mean" or "min" over the clips.
         prompt: one a line, or none.
+        dense_steps: text of a share or a number of steps; empty: the usual ones.
+        dense_layers: leading layers that stay dense.
+        step_cache: one of `forms.STEP_CACHES`, to verify the plan beside it, or "none".
         shape: model, width, height, frames, steps, seed and guidance, as in `wanted.check`.
 
     Raises:
@@ -73,7 +83,24 @@ def check(
     with refusing():
         target = str(Target.parse(f"{metric}{SIGNS[metric]}{value:.6g}"))
     clip = wanted.check(shelf, **shape, prompt=prompts[0] if prompts else EXAMPLES[0], mode="both")
-    return Asked(clip, target, prompts, mode, statistic)
+    return Asked(clip, target, prompts, mode, statistic, _more(dense_steps, dense_layers, step_cache))
+
+
+def _more(dense_steps: Any, dense_layers: Any, step_cache: Any) -> dict[str, Any]:
+    """The further options of `tune`, checked; those left at their defaults are left out.
+
+    Raises:
+        UserError: a value that is not allowed; one line.
+    """
+    text = str(dense_steps or "").strip()[: forms.LONGEST_TEXT]
+    more: dict[str, Any] = {"dense_steps": parse_options([f"dense_steps={text}"])["dense_steps"]} if text else {}
+    if dense_layers:
+        whole = isinstance(dense_layers, float) and dense_layers.is_integer()  # a browser knows one kind of numbers
+        more["dense_layers"] = int(dense_layers) if whole else dense_layers
+    with refusing():
+        Schedule(**{"dense_steps": 0.0, "dense_layers": 0, **more})
+    cache = forms.step_cache(step_cache, None)
+    return more if cache is None else {**more, "step_cache": cache}
 
 
 def run(shelf: Shelf, asked: Asked, job: Job) -> Outcome:
@@ -96,7 +123,8 @@ def run(shelf: Shelf, asked: Asked, job: Job) -> Outcome:
     try:
         with job.watching(pipe):
             preset = tune(pipe, asked.target, list(asked.prompts) if asked.prompts else None, asked.mode,
-                          statistic=asked.statistic, seed=asked.clip.seed, progress=progress, call=call)
+                          statistic=asked.statistic, seed=asked.clip.seed, progress=progress, call=call,
+                          **asked.more)
     finally:
         disable(pipe)
         forget_run(pipe)

@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from .console import UserError, fraction_bar, print_json, print_pairs, print_table, refusing
-from .request import check_seed, check_writable, read_prompts, shape_of, warn_of_small_size, warn_of_unknown_words
+from .request import (
+    check_seed,
+    check_writable,
+    parse_options,
+    read_prompts,
+    shape_of,
+    warn_of_small_size,
+    warn_of_unknown_words,
+)
 
 
 def tune(
@@ -18,6 +26,9 @@ def tune(
     prompts_file: Path | None = None,
     patterns: list[str] | None = None,
     statistic: str = "mean",
+    dense_steps: str | None = None,
+    dense_layers: int = 0,
+    step_cache: str | None = None,
     seed: int = 0,
     size: str | None = None,
     frames: int | None = None,
@@ -35,6 +46,8 @@ def tune(
     from .. import SparseProc
     from ..pipelines.embedded import DEFAULTS
     from ..pipelines.hosts import host_arguments
+    from ..schedule import Schedule
+    from ..stepcache import check_name
     from ..tuning.candidates import patterns_of
     from ..tuning.steps import MODES
     from ..tuning.targets import STATISTICS, Target
@@ -46,6 +59,9 @@ def tune(
     with refusing():
         Target.parse(target)
         patterns_of(patterns or "auto")
+        check_name(step_cache)
+        leading = None if dense_steps is None else parse_options([f"dense_steps={dense_steps}"])["dense_steps"]
+        Schedule(dense_steps=0.0 if leading is None else leading, dense_layers=dense_layers)
     prompts = None if prompts_file is None else read_prompts(None, prompts_file, "")
     shape = shape_of(model, size=size, frames=frames, steps=steps, guidance_scale=guidance_scale,
                      base=DEFAULTS if model == "embedded" else {})
@@ -61,7 +77,7 @@ def tune(
     call = host_arguments(shape.arguments())
     with refusing(), fraction_bar("tuning") as progress:
         preset = run(pipe, target, prompts, mode, patterns or "auto", statistic, seed, state=state, progress=progress,
-                     call=call)
+                     call=call, dense_steps=leading, dense_layers=dense_layers, step_cache=step_cache)
     with refusing(OSError, prefix=f"{path} cannot be written: "):
         preset.save(path)
     if as_json:

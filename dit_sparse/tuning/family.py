@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .preset import FOLDER, FORMAT, Preset, check_names, is_text
+from .evidence import is_text
+from .preset import FOLDER, FORMAT, Preset, check_names
 
 __all__ = ["FamilyPreset", "family_presets"]
 

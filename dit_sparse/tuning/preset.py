@@ -6,7 +6,6 @@ import base64
 import binascii
 import copy
 import json
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -20,6 +19,19 @@ import numpy as np
 from ..choicefile import reason_of
 from ..modelid import config_hash
 from .candidates import Candidate
+from .evidence import (
+    cache_lines,
+    check_text,
+    evidence_text,
+    is_cache,
+    is_checks,
+    is_evidence,
+    is_loop,
+    is_number,
+    is_text,
+    loop_text,
+    whole,
+)
 from .headplan import HeadPlan
 from .targets import Target
 
@@ -185,6 +197,10 @@ class TunedPreset(Preset):
         version, date: of the program, and of the day.
         loop: of the loop's clips with this plan: "clips" (how many), "measure", "mean", "standard_error" (of the
             mean) and "worst"; None where none was run with it.
+        step_cache: of the held-out clips beside a step cache: "name", "met" and "clips", or "name" and "refused", the
+            reason; None where no cache was named.
+        checks: forwards with the plans that were compared before the loop: "patterns" ("all", or one alone), "taken",
+            "milliseconds" and, by bucket, the error of the velocity "predicted" and "measured"; None without any.
     """
 
     model: dict[str, Any]
@@ -207,6 +223,8 @@ class TunedPreset(Preset):
     version: str
     date: str
     loop: dict[str, Any] | None = None
+    step_cache: dict[str, Any] | None = None
+    checks: tuple[dict[str, Any], ...] | None = None
 
     kind: ClassVar[str] = "tuned"
 
@@ -241,9 +259,9 @@ class TunedPreset(Preset):
         candidates = tuple(_candidate(item) for item in held["candidates"])
         choices = _unpacked(held["plan"], (len(buckets) - 1, *shape))
         HeadPlan(candidates, buckets, choices)
-        given = {name: held[name] for name in _FIELDS if name not in ("grid", "buckets", "candidates", "evidence")}
+        given = {name: held[name] for name in _FIELDS if name not in _TUPLES}
         return cls(**given, grid=tuple(held["grid"]), buckets=buckets, candidates=candidates, choices=choices,
-                   evidence=tuple(held["evidence"]))
+                   evidence=tuple(held["evidence"]), checks=tuple(held["checks"]) if held["checks"] else None)
 
     def to_dict(self) -> dict[str, Any]:
         """See `Preset.to_dict`; the plan is base64 of uint8 [bucket][layer][head]."""
@@ -270,8 +288,10 @@ class TunedPreset(Preset):
                 f"steps {table.edges[b]}-{table.edges[b + 1] - 1} {d:.2f}" for b, d in enumerate(table.densities())),
         ]
         if self.loop is not None:
-            lines.append(f"loop        {_loop_text(self.loop)}")
-        return "\n".join(lines + [f"held out    {_evidence_text(entry)}" for entry in self.evidence])
+            lines.append(f"loop        {loop_text(self.loop)}")
+        lines += [f"held out    {evidence_text(entry)}" for entry in self.evidence]
+        lines += [f"with cache  {line}" for line in (cache_lines(self.step_cache) if self.step_cache else ())]
+        return "\n".join(lines + [f"forwards    {check_text(check)}" for check in self.checks or ()])
 
     def check(self, target: Any) -> str:
         """See `Preset.check`. Size and steps are held against a run when it begins."""
@@ -338,38 +358,8 @@ def _unpacked(text: Any, shape: tuple[int, int, int]) -> np.ndarray:
     return np.frombuffer(content, dtype=np.uint8).reshape(shape)
 
 
-def _evidence_text(entry: Mapping[str, Any]) -> str:
-    parts = [str(entry.get("prompt_hash", "-"))]
-    parts += [f"{name} {entry[name]:.{digits}f}" for name, digits in (("psnr", 2), ("ssim", 4), ("lpips", 4))
-              if isinstance(entry.get(name), (int, float))]
-    parts += [f"{entry[name]:.2f}x {text}" for name, text in (("speedup", "measured"), ("attention_speedup", "modelled "
-              "attention")) if isinstance(entry.get(name), (int, float))]
-    return ", ".join(parts)
-
-
-def _loop_text(loop: Mapping[str, Any]) -> str:
-    digits = 2 if loop["measure"] == "psnr" else 4
-    mean, error, worst = (f"{loop[name]:.{digits}f}" for name in ("mean", "standard_error", "worst"))
-    if loop["clips"] == 1:
-        return f"1 clip: {loop['measure']} {mean}"
-    return f"{loop['clips']} clips: mean {loop['measure']} {mean} with a standard error of {error}, worst {worst}"
-
-
-def _whole(low: int) -> Callable[[Any], bool]:
-    return lambda x: type(x) is int and low <= x < 2**31
-
-
-def is_text(x: Any) -> bool:
-    """Whether it is a short text of one line that a terminal can show."""
-    return isinstance(x, str) and 0 < len(x) <= 200 and x.isprintable()
-
-
-def _number(x: Any) -> bool:
-    return type(x) in (int, float) and math.isfinite(x)
-
-
 def _number_or_none(x: Any) -> bool:
-    return x is None or _number(x)
+    return x is None or is_number(x)
 
 
 def _is_target(x: Any) -> bool:
@@ -380,14 +370,7 @@ def _is_target(x: Any) -> bool:
 
 def _is_model(x: Any) -> bool:
     return (isinstance(x, dict) and set(x) == {"class", "config_hash", "layers", "heads"} and is_text(x["class"])
-            and is_text(x["config_hash"]) and _whole(1)(x["layers"]) and _whole(1)(x["heads"]))
-
-
-def _is_loop(x: Any) -> bool:
-    numbers = ("mean", "standard_error", "worst")
-    return x is None or (isinstance(x, dict) and set(x) == {"clips", "measure", *numbers} and _whole(1)(x["clips"])
-                         and x["measure"] in ("psnr", "ssim", "lpips")
-                         and all(_number(x[name]) for name in numbers))
+            and is_text(x["config_hash"]) and whole(1)(x["layers"]) and whole(1)(x["heads"]))
 
 
 def _is_buckets(x: Any) -> bool:
@@ -395,20 +378,11 @@ def _is_buckets(x: Any) -> bool:
             and all(a < b for a, b in zip(x, x[1:], strict=False)))
 
 
-def _is_evidence(x: Any) -> bool:
-    def good(value: Any) -> bool:
-        return value is None or isinstance(value, bool) or _number(value) or is_text(value) or (
-            isinstance(value, list) and all(map(_number, value)))
-
-    return isinstance(x, list) and all(
-        isinstance(entry, dict) and all(map(is_text, entry)) and all(map(good, entry.values())) for entry in x)
-
-
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model": (_is_model, "an object with class, config_hash, layers and heads"),
-    "grid": (lambda x: isinstance(x, list) and len(x) == 3 and all(map(_whole(1), x)), "three whole numbers >= 1"),
-    "text": (_whole(0), "a whole number >= 0"),
-    "steps": (_whole(1), "a whole number >= 1"),
+    "grid": (lambda x: isinstance(x, list) and len(x) == 3 and all(map(whole(1), x)), "three whole numbers >= 1"),
+    "text": (whole(0), "a whole number >= 0"),
+    "steps": (whole(1), "a whole number >= 1"),
     "scheduler": (is_text, "a name"),
     "cfg": (_number_or_none, "a number or null"),
     "dtype": (is_text, "a name"),
@@ -420,9 +394,13 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "ceiling_db": (_number_or_none, "a number or null"),
     "buckets": (_is_buckets, "rising whole numbers from 0 to steps"),
     "candidates": (lambda x: isinstance(x, list) and 1 <= len(x) <= 256, "a list of 1 to 256 candidates"),
-    "evidence": (_is_evidence, "a list of objects of numbers and short texts"),
+    "evidence": (is_evidence, "a list of objects of numbers and short texts"),
     "version": (is_text, "a text"),
     "date": (is_text, "a text"),
-    "loop": (_is_loop, "an object with clips, measure, mean, standard_error and worst, or leave it out"),
+    "loop": (is_loop, "an object with clips, measure, mean, standard_error and worst, or leave it out"),
+    "step_cache": (is_cache, "an object with name, met and clips, or with name and refused, or leave it out"),
+    "checks": (is_checks, "a list of objects with patterns, taken, milliseconds, buckets, predicted and measured, or "
+               "leave it out"),
 }
-_OPTIONAL = ("loop",)
+_OPTIONAL = ("loop", "step_cache", "checks")
+_TUPLES = ("grid", "buckets", "candidates", "evidence", "checks")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -95,6 +96,12 @@ class Problem:
         choices[free] = found.choice
         plan = HeadPlan(candidates, self.edges, choices)
         return Solution(plan.remapped(candidates), found.error, found.time + self.forced_time())
+
+    def only(self, pattern: str) -> Problem:
+        """The same problem where heads may take one pattern alone, or dense."""
+        found = copy.copy(self)
+        found.allowed = self.allowed & np.array([c.is_dense or c.pattern == pattern for c in self.probe.candidates])
+        return found
 
     def forced_time(self) -> float:
         """Milliseconds of the steps that are dense in any case."""

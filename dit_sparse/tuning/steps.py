@@ -20,6 +20,7 @@ from ..modelid import config_hash
 from ..processor import SparseProc, disable, enable
 from .cost import DENSITIES, CostTable
 from .cost import measure as measure_costs
+from .forced import settle
 from .headplan import HeadPlan
 from .preset import model_identity
 from .probe import Forward, Probe, ProbeResult, Streams, Watcher
@@ -29,10 +30,9 @@ from .solve import Problem, Solution, layer_groups
 from .store import Parts, Store, weights_digest
 from .targets import Target, measure
 
-__all__ = ["MODES", "ROUNDS", "Clips", "Mode", "Steps", "digest"]
+__all__ = ["MODES", "ROUNDS", "Clips", "Mode", "Steps", "compared", "digest"]
 
 ROUNDS = 4  # of the closed loop: three corrections, so that the last guess is run as well
-RATIO = (0.2, 5.0)  # what the teacher-forced check may change the weights by
 _MOST = 1e6  # stands for infinite in JSON
 
 Clips = list[tuple[Tensor, float]]  # clips (F, 3, H, W), and the seconds that they took
@@ -62,19 +62,24 @@ class Steps:
 
     Args:
         pipe, target, mode, patterns, statistic, seed, prompts, state, progress, call, costs, dense_steps,
-            dense_layers: as in `tune`, checked.
+            dense_layers, step_cache: as in `tune`, checked.
+
+    Attributes:
+        checks: what the teacher-forced check measured.
     """
+
+    step_cache: Any = None
 
     def __init__(
         self, pipe: Any, target: Target, mode: str, patterns: tuple[str, ...], statistic: str, seed: int,
         prompts: Sequence[str] | None, state: str | Path | None, progress: Progress | None,
         call: Mapping[str, Any] | None, costs: CostTable | None, dense_steps: float | int | None = None,
-        dense_layers: int = 0,
+        dense_layers: int = 0, step_cache: Any = None,
     ) -> None:
         defaults, embedded = default_call(pipe)
         self.pipe, self.target, self.patterns, self.statistic = pipe, target, patterns, statistic
         self.mode, self.given_costs, self.seed = MODES[mode], costs, seed
-        self.dense_steps, self.dense_layers = dense_steps, dense_layers
+        self.dense_steps, self.dense_layers, self.step_cache = dense_steps, dense_layers, step_cache
         self.model: Any = transformers_of(pipe)[0][1]
         self.call = {**defaults, **(call or {})}
         self.looped, self.held = _split(prompts, EMBEDDED if embedded else GENERAL, self.mode)
@@ -91,6 +96,7 @@ class Steps:
         self.forwards: dict[int, Forward] = {}
         self.floor = 0.0
         self.ceiling_db: float | None = None
+        self.checks: list[dict[str, Any]] = []
         self.problem: Problem
 
     def planned(self) -> float:
@@ -101,7 +107,7 @@ class Steps:
 
     def planned_last(self) -> float:
         """Of these, the generations of the verification, which may run a second plan on all clips."""
-        return 3 * len(self.held) + len(self.looped)
+        return (3 + (self.step_cache is not None)) * len(self.held) + len(self.looped)
 
     def seed_of(self, prompt: str) -> int:
         """Seed of a prompt's clip."""
@@ -111,9 +117,9 @@ class Steps:
         """Where the pipeline computes, whatever is offloaded."""
         return getattr(self.pipe, "_execution_device", None) or self.model.device
 
-    def proc(self, plan: HeadPlan) -> SparseProc:
-        """A SparseProc that runs a plan and nothing else."""
-        return SparseProc(Tuned(plan), dense_steps=0, dense_layers=0, strict=True, num_steps=plan.steps)
+    def proc(self, plan: HeadPlan, **options: Any) -> SparseProc:
+        """A SparseProc that runs a plan, and nothing else unless options say so."""
+        return SparseProc(Tuned(plan), dense_steps=0, dense_layers=0, strict=True, num_steps=plan.steps, **options)
 
     def run_plan(self, plan: HeadPlan, prompt: str) -> tuple[Tensor, float]:
         """One clip with a plan, and its seconds."""
@@ -261,22 +267,29 @@ class Steps:
         error: float = self.runner.with_proc(self.proc(plan), lambda: forward.error(self.pipe))
         return error
 
-    def teacher_forced(self, solution: Solution, limit: float) -> Solution:
-        """Compare predicted with measured velocity errors, correct the weights by the ratio, and solve once more."""
+    def teacher_forced(
+        self, solution: Solution, limit: float | None = None, *, budget: float | None = None
+    ) -> Solution:
+        """Compare predicted with measured velocity errors, correct the weights, and solve once more; see `settle`.
+
+        Args:
+            solution: the plan.
+            limit, budget: what it was solved for; one of the two.
+        """
+        self.tracker.begin("teacher-forced check")
+        self.problem, found, self.checks = settle(self.problem, solution, self._velocities, limit=limit, budget=budget)
+        return found
+
+    def _velocities(self, plan: HeadPlan) -> dict[int, float]:
+        """Velocity errors of a plan by bucket; of a dense bucket nothing is asked."""
 
         def make() -> Parts:
-            ratios = {}
-            for bucket, forward in sorted(self.forwards.items()):
-                said = self.problem.velocity(solution.plan, bucket)
-                if said > 0:
-                    ratios[str(bucket)] = self.velocity(solution.plan.only(bucket), forward) / said
-            return {"ratios": ratios}, {}
+            alone = {bucket: plan.only(bucket) for bucket in sorted(self.forwards)}
+            return {"errors": {str(bucket): self.velocity(one, self.forwards[bucket]) for bucket, one in alone.items()
+                               if not one.all_dense}}, {}
 
-        self.tracker.begin("teacher-forced check")
-        ratios = self.store.once(f"forced-{digest(solution.plan)}", make)[0]["ratios"]
-        for bucket, ratio in ratios.items():
-            self.problem.weights[int(bucket)] *= min(max(ratio, RATIO[0]), RATIO[1])
-        return self.problem.solve(limit=limit)
+        errors = self.store.once(f"velocity-{digest(plan)}", make)[0]["errors"]
+        return {int(bucket): float(error) for bucket, error in errors.items()}
 
     def values(
         self, plan: HeadPlan, clips: Clips, prompts: list[str], name: str, *, every: bool = False
@@ -293,7 +306,7 @@ class Steps:
             for number, (prompt, (dense, dense_seconds)) in enumerate(zip(prompts, clips, strict=True)):
                 self.tracker.begin(f"{name}, clip {number + 1} of {len(prompts)}")
                 clip, seconds = (dense, dense_seconds) if plan.all_dense else self.run_plan(plan, prompt)
-                measured = _measured(dense, clip, only, self.device())
+                measured = compared(dense, clip, only, self.device())
                 found.append({**measured, "seconds": seconds, "dense_seconds": dense_seconds})
             return {"values": found}, {}
 
@@ -304,7 +317,7 @@ class Steps:
         return list(self.store.once(place, make)[0]["values"])
 
 
-def _measured(dense: Tensor, clip: Tensor, only: str | None, device: Any) -> dict[str, float]:
+def compared(dense: Tensor, clip: Tensor, only: str | None, device: Any) -> dict[str, float]:
     """One measure, or all that there are here: psnr; ssim of frames that are not too small; lpips with its network."""
     from ..eval.measures.reference import without_lpips
 

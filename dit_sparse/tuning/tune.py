@@ -8,6 +8,7 @@ from typing import Any
 
 from ..schedule import Schedule
 from ..session import SparseFallbackError, one_line
+from .cached import check_cache, verify_with_cache
 from .candidates import patterns_of
 from .cost import CostTable
 from .link import alpha_of, mse_of, next_error
@@ -16,7 +17,7 @@ from .run import Progress, as_found
 from .solve import Problem, Solution
 from .steps import MODES, ROUNDS, Clips, Steps, digest
 from .targets import CAP, STATISTICS, Target
-from .writing import Verified, preset_of, prompt_hash
+from .writing import Verified, clip_entry, preset_of
 
 __all__ = ["tune"]
 
@@ -42,6 +43,7 @@ def tune(
     costs: CostTable | str | Path | None = None,
     dense_steps: float | int | None = None,
     dense_layers: int = 0,
+    step_cache: Any = None,
 ) -> Preset:
     """Choose for every head and stretch of a run what it computes, so that a target is reached at least cost.
 
@@ -65,6 +67,8 @@ def tune(
         dense_steps: leading steps that stay dense, as a share of the run (float) or a number (int); None: the first
             tenth of runs of more than 8 steps, and more where the plan wants it.
         dense_layers: leading layers that stay dense in every step.
+        step_cache: a step cache, as `enable` takes it. Tuning goes without; the plan is verified once beside it, on the
+            held-out clips, and the preset says what came of it.
 
     Returns:
         The preset, with its evidence; `met` says whether the clips of the loop and the held-out
@@ -87,8 +91,9 @@ def tune(
     table = costs if isinstance(costs, CostTable) or costs is None else CostTable.load(costs)
     with as_found(pipe):
         try:
+            check_cache(pipe, step_cache)
             return _Tuning(pipe, wanted, mode, names, statistic, seed, prompts, state, progress, call, table,
-                           dense_steps, dense_layers).preset()
+                           dense_steps, dense_layers, step_cache).preset()
         except SparseFallbackError as error:
             raise ValueError(f"tune: the pipeline cannot run sparse: {one_line(error)}") from error
 
@@ -210,7 +215,8 @@ class _Tuning(Steps):
                 break
             solution = smaller
         evidence = [self._evidence(solution, p, v) for p, v in zip(self.held, held, strict=True)]
-        return Verified(solution.plan, evidence, self._loop_evidence(looped), met)
+        return Verified(solution.plan, evidence, self._loop_evidence(looped), met,
+                        verify_with_cache(self, solution, dense))
 
     def _met(self, solution: Solution, values: list[dict[str, Any]]) -> tuple[bool, float]:
         """Whether clips meet the target, and by how many dB they miss it."""
@@ -229,8 +235,7 @@ class _Tuning(Steps):
 
     def _evidence(self, solution: Solution, prompt: str, value: Mapping[str, Any]) -> dict[str, Any]:
         """What is saved of a held-out clip; wall times only where the costs were measured here too."""
-        found: dict[str, Any] = {"prompt_hash": prompt_hash(prompt), "seed": self.seed_of(prompt)}
-        found |= {name: round(min(value[name], CAP), 4) for name in ("psnr", "ssim", "lpips") if name in value}
+        found = clip_entry(prompt, self.seed_of(prompt), value)
         found["density"] = [round(d, 4) for d in self.problem.kept(solution.plan)]
         found["attention_speedup"] = round(self.problem.dense_time() / max(solution.time, 1e-9), 4)
         if self.given_costs is None:

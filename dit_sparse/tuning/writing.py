@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 from .headplan import HeadPlan
 from .preset import TunedPreset, model_identity
 from .run import argument
+from .targets import CAP
 
-__all__ = ["Verified", "preset_of", "prompt_hash"]
+__all__ = ["Verified", "clip_entry", "preset_of", "prompt_hash"]
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -21,6 +23,17 @@ _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 def prompt_hash(prompt: str) -> str:
     """Eight digits that tell prompts apart without giving them away."""
     return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+
+
+def clip_entry(prompt: str, seed: int, value: Mapping[str, Any]) -> dict[str, Any]:
+    """What is saved of any clip: which one it was, and the measures that there are.
+
+    Args:
+        prompt, seed: of the clip.
+        value: measures by name, and more.
+    """
+    found: dict[str, Any] = {"prompt_hash": prompt_hash(prompt), "seed": seed}
+    return found | {name: round(min(value[name], CAP), 4) for name in ("psnr", "ssim", "lpips") if name in value}
 
 
 @dataclass(frozen=True)
@@ -32,12 +45,14 @@ class Verified:
         evidence: of the held-out clips.
         loop: of the loop's clips, run with this plan too; None where it was not.
         met: whether all these clips reach the target.
+        step_cache: of the held-out clips beside a step cache; None where none was named.
     """
 
     plan: HeadPlan
     evidence: list[dict[str, Any]]
     loop: dict[str, Any] | None
     met: bool
+    step_cache: dict[str, Any] | None = None
 
 
 def preset_of(run: Any, found: Verified) -> TunedPreset:
@@ -63,7 +78,8 @@ def preset_of(run: Any, found: Verified) -> TunedPreset:
         gpu=_gpu(device), dense_kernel=_dense_kernel(device), target=str(run.target), statistic=run.statistic,
         met=found.met, ceiling_db=None if ceiling is None else round(min(ceiling, 1e3), 2), buckets=plan.edges,
         candidates=plan.candidates, choices=plan.choices, evidence=tuple(found.evidence), loop=found.loop,
-        version=__version__, date=datetime.date.today().isoformat())
+        step_cache=found.step_cache, checks=tuple(run.checks) or None, version=__version__,
+        date=datetime.date.today().isoformat())
 
 
 def _gpu(device: Any) -> str:

@@ -45,12 +45,17 @@ def test_a_preset_is_tuned_shown_saved_and_used(visit: Any, quick: None, shelf: 
     page = open_tab(visit, viewport={"width": 1280, "height": 1000})
     fill(page, "tune", **SMALL, seed=3)
     page.fill("#tune-value input", "22")
+    page.click("#tune-more button")
+    page.fill("#tune-dense-steps input", "1")
+    page.fill("#tune-dense-layers input", "1")
+    page.click("#tune-cache input")
+    page.get_by_role("option", name="pab").click()
     page.click("#tune-run")
     page.wait_for_selector("#tune-state [role=progressbar]")
     page.wait_for_selector("#tune-result [data-state=done]", timeout=60_000)
     text = page.inner_text("#tune-result")
     for words in ("psnr>=22 (mean): ", "met on 1 held-out clip", "density by layer and head", "Evidence", "psnr",
-                  "prompt_hash", "WanTransformer3DModel"):
+                  "prompt_hash", "WanTransformer3DModel", "With the step cache pab: ", "answered"):
         assert words in text, words
     link = page.locator("#tune-result a[download]")
     assert link.get_attribute("download") == "dit-sparse-preset.json"
@@ -58,6 +63,7 @@ def test_a_preset_is_tuned_shown_saved_and_used(visit: Any, quick: None, shelf: 
     file.write_bytes(base64.b64decode(link.get_attribute("href").partition(",")[2]))
     preset = Preset.load(file)
     table = preset.table
+    assert not table.choices[0].any() and not table.choices[:, 0].any() and preset.step_cache["name"] == "pab"
     assert preset.grid == (3, 8, 8) and preset.steps == 4 and binding_of(shelf.open("embedded").transformer) is None
     # A cell for every stretch, layer and head, and a row of the table for every stretch and layer.
     assert page.locator("#tune-result svg rect.heat").count() == table.choices.size
@@ -119,6 +125,9 @@ WRONG = {
     "long prompt": ({"prompt": "x" * 1001}, "the limit is 1000"),
     "size": ({"width": 250}, "use 240 or 256"),
     "model": ({"model": "/etc"}, "not offered"),
+    "dense steps": ({"dense_steps": "many"}, "dense_steps='many'"),
+    "dense layers": ({"dense_layers": 1.5}, "dense_layers=1.5"),
+    "step cache": ({"step_cache": "/etc/x.json"}, "is unknown; use none or one of"),
 }
 
 
@@ -135,7 +144,8 @@ def test_a_request_becomes_the_call_of_the_tuner(shelf: Any, monkeypatch: pytest
     seen: list[Any] = []
     monkeypatch.setattr(dit_sparse, "tune", lambda *words, **options: seen.append((words, options)))
     asked = tune_work.check(shelf, metric="speedup", value=1.5, mode="standard", statistic="min",
-                            prompt="a red heart\n\n a blue star \n", **SMALL, seed=7)
+                            prompt="a red heart\n\n a blue star \n", **SMALL, seed=7, dense_steps=" 0.25 ",
+                            dense_layers=2.0, step_cache="teacache")
     sessions = Sessions(shelf.lock)
     list(sessions.follow("me", lambda job: tune_work.run(shelf, asked, job)))
     (pipe, *words), options = seen[0]
@@ -143,6 +153,9 @@ def test_a_request_becomes_the_call_of_the_tuner(shelf: Any, monkeypatch: pytest
     assert options["call"] == {"height": 128, "width": 128, "num_frames": 5, "num_inference_steps": 4,
                                "guidance_scale": 1}
     assert (options["statistic"], options["seed"]) == ("min", 7)
+    assert [options[name] for name in ("dense_steps", "dense_layers", "step_cache")] == [0.25, 2, "teacache"]
+    usual = tune_work.check(shelf, metric="psnr", value=30, mode="quick", statistic="mean", **SMALL)
+    assert usual.more == {}, "what is left alone is left to `tune`"
 
 
 def test_presets_of_visitors_are_kept_apart_and_few(shelf: Any) -> None:

@@ -5,6 +5,9 @@ from typing import Any
 
 import pytest
 
+from dit_sparse import Preset
+from dit_sparse.tuning.preset import TunedPreset
+
 SIZE = ("--size", "64", "--frames", "9", "--steps", "3", "--guidance", "1")
 
 
@@ -22,10 +25,23 @@ def test_tune_then_generate_and_compare(dit_sparse: Any, tiny_folder: Path) -> N
     assert "run dit-sparse tune at this size" in other.refusal() or done.json["candidates"] == [{"pattern": "dense"}]
 
 
+def test_dense_calls_and_a_step_cache(dit_sparse: Any, tiny_folder: Path) -> None:
+    size = ("--size", "64", "--frames", "9", "--steps", "4", "--guidance", "1")
+    done = dit_sparse("tune", "--model", tiny_folder, "--target", "psnr>=5", "--mode", "quick", *size, "--dense-steps",
+                      "0.5", "--dense-layers", "1", "--step-cache", "pab", "--output", "dense.json", "--json")
+    assert done.code == 0, done.err
+    assert done.json["buckets"] == [0, 2, 3, 4] and done.json["step_cache"]["name"] == "pab"
+    assert done.json["step_cache"]["clips"][0].keys() >= {"psnr", "answered", "skipped_steps"}
+    chosen = Preset.load("dense.json")
+    assert isinstance(chosen, TunedPreset) and not chosen.choices[0].any() and not chosen.choices[:, 0].any()
+
+
 @pytest.mark.parametrize(("words", "said"), [
     (("tune", "--target", "nice"), "target='nice' is not allowed"), (("tune", "--mode", "fast"), "--mode 'fast'"),
     (("tune", "--pattern", "blur"), "patterns='blur'"), (("tune", "--statistic", "max"), "--statistic 'max'"),
-    (("tune", "--output", "x.txt"), "needs the suffix .json"),
+    (("tune", "--output", "x.txt"), "needs the suffix .json"), (("tune", "--dense-steps", "2.0"), "dense_steps=2.0"),
+    (("tune", "--dense-steps", "some"), "dense_steps='some'"), (("tune", "--dense-layers", "-1"), "dense_layers=-1"),
+    (("tune", "--step-cache", "blur"), "step_cache='blur' is unknown"),
     (("tune", "--prompts", "none.txt"), "--prompts none.txt"),
     (("generate", "a", "--preset", "no-such"), "preset='no-such' is unknown"),
     (("generate", "a", "--preset", "wan-sol", "--method", "svg"), "method='svg' is not allowed"),

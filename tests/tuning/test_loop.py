@@ -57,7 +57,9 @@ class Fake(_Tuning):
         self.tracker = Tracker(1.0, None)
         self.ran: list[tuple[str, int]] = []  # plan, clips
 
-    def teacher_forced(self, solution: Solution, limit: float) -> Solution:
+    def teacher_forced(
+        self, solution: Solution, limit: float | None = None, *, budget: float | None = None
+    ) -> Solution:
         return solution
 
     def clips_of(self, prompts: list[str], name: str, probed: int = 0) -> Any:

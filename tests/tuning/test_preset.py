@@ -103,6 +103,10 @@ def test_options_beside_a_preset(pipe: Any) -> None:
 
 LOOP = {"clips": 3, "measure": "psnr", "mean": 31.25, "standard_error": 0.5, "worst": 30.0}
 
+CACHE = {"name": "teacache", "met": True, "clips": [{"prompt_hash": "ab", "psnr": 30.5, "answered": 0.4}]}
+CHECK = {"patterns": "soft", "taken": True, "milliseconds": 12.5, "buckets": [1, 2], "predicted": [0.1, 0.002],
+         "measured": [0.2, 0.001]}
+
 WRONG = [
     ("format", 2, "format=2"), ("kind", "other", "kind='other'"), ("speed", 1, "'speed' is unknown"),
     ("grid", [3, 4], "grid="), ("text", -1, "text="), ("steps", 5, "buckets="), ("buckets", [0, 2, 1, 4], "buckets="),
@@ -118,6 +122,11 @@ WRONG = [
     ("evidence", [{"psnr": float("nan")}], "evidence="), ("evidence", [{"note": "a\nb"}], "evidence="),
     ("evidence", [{"density": [{}]}], "evidence="), ("loop", {"clips": 3}, "loop="), ("loop", 3, "loop="),
     ("loop", {**LOOP, "mean": float("nan")}, "loop="), ("loop", {**LOOP, "measure": "beauty"}, "loop="),
+    ("step_cache", "teacache", "step_cache="), ("step_cache", {"name": "teacache"}, "step_cache="),
+    ("step_cache", {**CACHE, "met": 1}, "step_cache="), ("step_cache", {**CACHE, "clips": 3}, "step_cache="),
+    ("step_cache", {"name": "x", "refused": "a\nb"}, "step_cache="), ("checks", CHECK, "checks="),
+    ("checks", [{**CHECK, "measured": [0.1]}], "checks="), ("checks", [{"patterns": "all"}], "checks="),
+    ("checks", [{**CHECK, "taken": None}], "checks="), ("checks", [{**CHECK, "predicted": None}], "checks="),
 ]
 
 
@@ -140,6 +149,22 @@ def test_what_the_loop_found_is_kept_and_told(pipe: Any, tmp_path: Path) -> None
     told = preset.describe()
     assert "met on 1 held-out clip and the loop's 3, taken together" in told
     assert "3 clips: mean psnr 31.25 with a standard error of 0.50, worst 30.00" in told
+
+
+def test_what_forwards_and_a_step_cache_showed_is_kept_and_told(pipe: Any, tmp_path: Path) -> None:
+    held = preset_for(pipe).to_dict()
+    assert "step_cache" not in held and "checks" not in held, "older files have none"
+    told = []
+    for number, cache in enumerate((CACHE, {**CACHE, "met": False}, {"name": "teacache", "refused": "out of memory"})):
+        preset = preset_for(pipe, step_cache=cache, checks=(CHECK, {**CHECK, "patterns": "all", "taken": False}))
+        preset.save(tmp_path / f"{number}.json")
+        loaded = Preset.load(tmp_path / f"{number}.json")
+        assert loaded.to_dict() == preset.to_dict() and loaded.to_dict()["step_cache"] == cache
+        told.append(loaded.describe())
+    assert "teacache: met on 1 held-out clip" in told[0] and "40% of the attention calls answered" in told[0]
+    assert "teacache: NOT met" in told[1] and "teacache: not run, out of memory" in told[2]
+    assert "soft alone, taken: velocity error by bucket predicted 0.1 0.002, measured 0.2 0.001" in told[0]
+    assert "all patterns: velocity error" in told[0]
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "1" * 5000, '{"format": ' + "1" * 5000 + "}", "\x00"])

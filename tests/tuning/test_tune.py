@@ -33,7 +33,7 @@ def looks(pipe: Any) -> dict[str, Any]:
             "random": torch.get_rng_state().sum().item(), "timesteps": id(getattr(pipe.scheduler, "timesteps", None))}
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # the acceptance checks of the tiny DiT that are not of the small one below
 def test_targets(tmp_path: Path) -> None:
     """Plans for rising targets are ever denser; a target beyond all rounding is met by the dense plan alone."""
     pipe, state = build(), tmp_path  # dense run and probe serve all targets
@@ -59,6 +59,20 @@ def test_targets(tmp_path: Path) -> None:
     psnr = -10 * torch.log10((made - dense).square().mean())
     assert float(psnr) == pytest.approx(found[0].evidence[0]["psnr"], abs=0.01)
 
+    # Saved, loaded and applied it makes the very same clip; on another grid it is refused.
+    found[0].save(state / "preset.json")
+    enable(pipe, preset=str(state / "preset.json"))
+    assert torch.equal(made, call_host(pipe, {"prompt": PROMPTS[1], **CALL}, seed=1))
+    with pytest.raises(ValueError, match="not 8x8x8 .* run dit-sparse tune"):
+        call_host(pipe, {"prompt": PROMPTS[1], **CALL, "height": 128, "width": 128}, seed=1)
+    disable(pipe)
+
+    # What was measured before the loop is told; of the plans that were compared one is taken.
+    for preset in found:
+        assert preset.checks is not None and preset.checks[0]["patterns"] == "all"
+        assert sum(check["taken"] for check in preset.checks) == 1
+        assert all(min(check["measured"]) > 0 for check in preset.checks)
+
 
 SHORT = {"call": {**SMALL, "num_inference_steps": 9, "guidance_scale": 1.0}, "costs": COSTS}
 FEW = {**CALL, "height": 128, "width": 128, "num_inference_steps": 4}
@@ -70,7 +84,9 @@ def small() -> Any:
 
 def test_the_same_twice_and_as_a_file(tmp_path: Path) -> None:
     pipe = small()
-    first, again = (quick(pipe, "psnr>=30", **SHORT) for _ in range(2))
+    COSTS.save(tmp_path / "costs.json")
+    first = quick(pipe, "psnr>=30", **SHORT)
+    again = quick(pipe, "psnr>=30", **{**SHORT, "costs": tmp_path / "costs.json"})  # a stored table
     assert not first.table.all_dense
     assert first.to_dict() == again.to_dict()
     first.save(tmp_path / "a.json")

@@ -1,0 +1,125 @@
+"""The teacher-forced check: what forwards with a plan do to the velocity, against what was predicted for it.
+
+The weights are corrected by the ratio, and the plan is solved once more. Where one pattern alone is predicted to take
+hardly longer than the plan that mixes all of them, both are measured, and what was measured decides, not the oracle.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .headplan import HeadPlan
+from .solve import Problem, Solution
+
+__all__ = ["ALL", "NEAR", "Check", "Measure", "settle"]
+
+ALL = "all"  # the plan that may mix all patterns
+NEAR = 0.05  # of the predicted time: patterns that are as near as that are compared by forwards
+RATIO = (0.2, 5.0)  # what the check may change the weights by
+
+Measure = Callable[[HeadPlan], Mapping[int, float]]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A plan that forwards were made with.
+
+    Args:
+        patterns: `ALL`, or the one pattern that heads may take beside dense.
+        problem, solution: what it comes from.
+        measured: squared error of the velocity over its square, by bucket.
+    """
+
+    patterns: str
+    problem: Problem
+    solution: Solution
+    measured: Mapping[int, float]
+
+    def predicted(self, bucket: int) -> float:
+        """What `measured` should be."""
+        return self.problem.velocity(self.solution.plan, bucket)
+
+    def ratios(self) -> dict[int, float]:
+        """Measured over predicted, by bucket."""
+        return {bucket: error / said for bucket, error in self.measured.items() if (said := self.predicted(bucket)) > 0}
+
+    def corrected(self, first: Check) -> Problem:
+        """The problem with weights corrected by the ratios.
+
+        Args:
+            first: the check of the plan that mixes all patterns. One forward a bucket says little of the scale, so
+                that its ratios are held to `RATIO`; beside it those of another plan count in full, up to the same.
+        """
+        found, common = copy.copy(self.problem), first.ratios()
+        found.weights = self.problem.weights.copy()
+        for bucket, ratio in self.ratios().items():
+            base = common.get(bucket, ratio)
+            found.weights[bucket] *= _held(base) * (_held(ratio / base) if base > 0 else 1.0)
+        return found
+
+    def to_dict(self, *, taken: bool) -> dict[str, Any]:
+        """Plain data: milliseconds of attention, and velocity errors of the buckets that were measured."""
+        buckets = sorted(self.measured)
+        return {"patterns": self.patterns, "taken": taken, "milliseconds": _short(self.solution.time),
+                "buckets": buckets, "predicted": [_short(self.predicted(b)) for b in buckets],
+                "measured": [_short(self.measured[b]) for b in buckets]}
+
+
+def settle(
+    problem: Problem, solution: Solution, measure: Measure, *, limit: float | None = None, budget: float | None = None
+) -> tuple[Problem, Solution, list[dict[str, Any]]]:
+    """Correct the weights by what forwards with the plan do, and choose between patterns that are predicted alike.
+
+    Args:
+        problem: what the plan comes from; it is not changed.
+        solution: the plan.
+        measure: squared error of the velocity over its square with a plan, by bucket; only of buckets that it does
+            not leave dense, and of which a forward was kept.
+        limit, budget: what the plan was solved for, as in `Problem.solve`.
+
+    Returns:
+        The problem to go on with: its weights are corrected, and it is held to one pattern where that pattern, with
+        its own corrections, takes less time within the limit (or makes a smaller error within the budget). The plan,
+        solved once more. And what was measured, as plain data.
+    """
+    checks = [Check(ALL, problem, solution, measure(solution.plan))]
+    if checks[0].measured:
+        checks += [Check(name, one, plan, measure(plan.plan))
+                   for name, one, plan in _rivals(problem, solution, limit=limit, budget=budget)]
+    problems = [check.corrected(checks[0]) for check in checks]
+    found = [one.solve(limit=limit, budget=budget) for one in problems]
+    # Of equal ones the first: it may go on mixing.
+    best = min(range(len(found)), key=lambda i: found[i].time if budget is None else found[i].error)
+    told = [check.to_dict(taken=number == best) for number, check in enumerate(checks) if check.measured]
+    return problems[best], found[best], told
+
+
+def _rivals(
+    problem: Problem, solution: Solution, *, limit: float | None, budget: float | None
+) -> list[tuple[str, Problem, Solution]]:
+    """The plans of one pattern alone that are predicted to take at most 5 % longer, where they are other plans."""
+    found: list[tuple[str, Problem, Solution]] = []
+    for name in dict.fromkeys(c.pattern for c in problem.probe.candidates if not c.is_dense):
+        alone = problem.only(name)
+        plan = alone.solve(limit=limit, budget=budget)
+        near = plan.time <= solution.time * (1 + NEAR) and not plan.plan.all_dense
+        if near and not any(_same(plan.plan, other.plan) for other in (solution, *(one for _, _, one in found))):
+            found.append((name, alone, plan))
+    return found
+
+
+def _same(one: HeadPlan, other: HeadPlan) -> bool:
+    return one.candidates == other.candidates and np.array_equal(one.choices, other.choices)
+
+
+def _held(ratio: float) -> float:
+    return min(max(ratio, RATIO[0]), RATIO[1])
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
