@@ -19,7 +19,7 @@ from .routing_checks import check_layout, check_mask, check_pair, check_rule, ch
 from .selection import Rule
 
 __all__ = ["Rule", "block_mass", "kernel_reasons", "listed_mass", "lists_by_chunks", "lists_of_maps",
-           "lists_of_scores", "plain_calls", "pool", "route", "route_means", "row_errors", "state"]
+           "lists_of_scores", "plain_calls", "pool", "pool_moments", "route", "route_means", "row_errors", "state"]
 
 _SWITCH = "DIT_SPARSE_ROUTING"
 _MAX_HEAD_DIM = 128  # of the values; `triton_reasons` tests that of the keys
@@ -94,6 +94,28 @@ def pool(x: Tensor, layout: BlockLayout, *, mask: Tensor | None = None, kernels:
     return pool_triton(x, index_of(layout), layout.block_size, layout.blocks, mask)
 
 
+def pool_moments(
+    x: Tensor, layout: BlockLayout, *, mask: Tensor | None = None, kernels: bool | None = None
+) -> tuple[Tensor, Tensor]:
+    """Mean of the real tokens of every block, and the mean of their squared norms, from one reading by the kernel.
+
+    Args:
+        x, layout, mask, kernels: as in `pool`.
+
+    Returns:
+        float32 (B, H, n, D) and (B, H, n); zeros for a block without real tokens.
+    """
+    check_layout("pool_moments: x", layout, x)
+    mask = check_mask("pool_moments: mask", mask, x.shape[0], x.shape[1])
+    if not _use_kernels(x, 0, kernels):
+        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square()
+        return scoring.pool(x, layout, mask=mask), scoring.pool(squares, layout, mask=mask)[..., 0]
+    from .kernels.pooling import pool_triton
+
+    squares = torch.empty(x.shape[0], x.shape[2], layout.blocks, dtype=torch.float32, device=x.device)
+    return pool_triton(x, index_of(layout), layout.block_size, layout.blocks, mask, squares), squares
+
+
 def route(
     query: Tensor,
     key: Tensor,
@@ -143,6 +165,7 @@ def route_means(
     scale: float,
     rule: Rule,
     *,
+    key_weight: Tensor | None = None,
     max_width: int | None = None,
     kernels: bool | None = None,
 ) -> BlockMask:
@@ -150,28 +173,45 @@ def route_means(
 
     Args:
         block_query: float32 (B, H, nq, D); block_key: float32 (B, H, nk, D), as `pool` makes them.
-        query_layout, key_layout, scale, rule, max_width, kernels: as in `route`.
+        query_layout, key_layout, scale, rule: as in `route`.
+
+    Expert args:
+        key_weight: float32 (B|1, H|1, nk), added to every score of the key block before the rule looks at it (the log
+            of the block's keys, or of their spread); None: nothing.
+        max_width, kernels: as in `route`.
+
+    Returns:
+        The mask, as `route` makes it.
     """
     B, H, _, D = block_query.shape
     for name, x, layout in (("block_query", block_query, query_layout), ("block_key", block_key, key_layout)):
         check_shape(f"route_means: {name}", x, (B, H, layout.blocks, D), dtypes=(torch.float32,))
+    if key_weight is not None:
+        nk = key_layout.blocks
+        check_shape("route_means: key_weight", key_weight, *((b, h, nk) for b in (1, B) for h in (1, H)),
+                    dtypes=(torch.float32,))
     check_rule(rule, B, H, query_layout, key_layout)
     used = _use_kernels(block_query, key_layout.blocks, kernels, block_key)
-    return _route(block_query, block_key, query_layout, key_layout, scale, rule, max_width, used)
+    return _route(block_query, block_key, query_layout, key_layout, scale, rule, max_width, used, key_weight)
 
 
 def _route(
     block_query: Tensor, block_key: Tensor, query_layout: BlockLayout, key_layout: BlockLayout, scale: float,
-    rule: Rule, max_width: int | None, kernels: bool,
+    rule: Rule, max_width: int | None, kernels: bool, key_weight: Tensor | None = None,
 ) -> BlockMask:
     """The mask from block means, by the kernels or in plain PyTorch."""
     if kernels:
         from .kernels.routing import route_triton
 
         return _as_mask(route_triton(block_query, block_key, scale, rule, query_layout.lengths, key_layout.lengths,
-                                     key_layout.block_size, max_width), query_layout, key_layout)
-    keep = scoring.select_means(block_query, block_key, scale,
-                                lambda scores, heads: rule.of_heads(heads).keep(scores))
+                                     key_layout.block_size, max_width, key_weight), query_layout, key_layout)
+
+    def chosen(scores: Tensor, heads: slice) -> Tensor:
+        if key_weight is not None:
+            scores += (key_weight if key_weight.shape[1] == 1 else key_weight[:, heads])[:, :, None]
+        return rule.of_heads(heads).keep(scores)
+
+    keep = scoring.select_means(block_query, block_key, scale, chosen)
     return BlockMask.from_dense(keep, query_layout, key_layout, max_width=max_width)
 
 

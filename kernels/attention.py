@@ -1,6 +1,6 @@
 """`block_sparse_attention`: checks the call, chooses a backend and runs it as one operator that compilers do not open.
 
-Backends, fastest first: "hopper" (Gluon kernel for Hopper GPUs), "triton" (portable GPU kernel), "cpu" (pieces by
+Backends, fastest first: "hopper" (kernels for Hopper GPUs), "triton" (portable GPU kernel), "cpu" (pieces by
 PyTorch's own CPU kernel), "pieces" (the same cut on any other device), "reference" (the formula). "int8" and "fp8"
 compute products in 8 bits on Hopper GPUs and run only when asked for by name: they are faster and less exact.
 Importing this module needs neither triton nor a GPU.
@@ -12,8 +12,6 @@ import functools
 import importlib.util
 import math
 import os
-import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,10 +19,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import fp8, hopper_plan
+from . import fp8, hopper_cuda, hopper_plan
 from .blocks import Blocks
 from .dense import dense_attention
 from .reference import block_sparse_reference
+from .starting import Starting, fallbacks
 
 if TYPE_CHECKING:
     from dit_sparse.blockmask import BlockMask
@@ -40,11 +39,7 @@ _SWITCHES = {"hopper": "DIT_SPARSE_HOPPER"}
 _OFF = ("0", "false", "off")
 _BY_NAME_ONLY = ("int8", "fp8")  # not as exact as the dtype asked for
 
-# Kinds of calls that the Hopper kernel failed to start for, with the error: they run on the portable kernel since.
-_failed: dict[tuple[object, ...], str] = {}
-_started: set[tuple[object, ...]] = set()
-# Why calls that the Hopper kernel was chosen for ran on the portable one, counted.
-fallbacks: Counter[str] = Counter()
+_hopper = Starting("the Hopper kernel", "the portable kernel")
 
 
 @dataclass(frozen=True)
@@ -220,9 +215,9 @@ def _note(name: str) -> str:
         return f"; used only with backend={name!r}"
     if not _may_choose(name):
         return f"; switched off by {_SWITCHES[name]}={os.environ[_SWITCHES[name]]}, used only with backend={name!r}"
-    if name == "hopper" and _failed:
-        return f"; {len(_failed)} kind(s) of calls run on triton instead: {next(iter(_failed.values()))}"
-    return ""
+    if name == "hopper" and (failed := _hopper.failed):
+        return f"; {len(failed)} kind(s) of calls run on triton instead: {next(iter(failed.values()))}"
+    return hopper_cuda.note() if name == "hopper" else ""
 
 
 def _choose(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks) -> str:
@@ -309,33 +304,17 @@ def _run_hopper(
 
 def _failure(query: Tensor, value: Tensor, blocks: Blocks) -> str:
     """Why the Hopper kernel does not start for calls of this kind, "" when it does, was not tried or is not wanted."""
-    return _failed.get(hopper_plan.kind_of(query, value, blocks), "") if _failed and _may_choose("hopper") else ""
+    failed = _hopper.failed
+    return failed.get(hopper_plan.kind_of(query, value, blocks), "") if failed and _may_choose("hopper") else ""
 
 
 def _run_hopper_or_fall_back(
     query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The Hopper kernel; where it does not start (Gluon is experimental), the portable one, counted in `fallbacks`.
-
-    Only the first call of a kind compiles. An error of a kind that ran before is the caller's, and so is a lack of
-    memory.
-    """
-    kind = hopper_plan.kind_of(query, value, blocks)
-    if kind not in _failed:
-        try:
-            result = _run_hopper(query, key, value, blocks, scale)
-            _started.add(kind)
-            return result
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            if kind in _started or triton_reasons(query, key, value, blocks):
-                raise
-            words = str(error).strip().splitlines()
-            _failed[kind] = f"the Hopper kernel did not start ({type(error).__name__}: {words[0] if words else ''})"
-            warnings.warn(f"{_failed[kind]}: such calls run on the portable kernel", stacklevel=2)
-    fallbacks[_failed[kind]] += 1
-    return _run_triton(query, key, value, blocks, scale)
+    """The Hopper kernel; where it does not start (Gluon is experimental), the portable one, counted in `fallbacks`."""
+    call = (query, key, value, blocks, scale)
+    return _hopper.run(hopper_plan.kind_of(query, value, blocks), lambda: _run_hopper(*call),
+                       lambda: _run_triton(*call), lambda: not triton_reasons(query, key, value, blocks))
 
 
 def _run_pieces(
@@ -365,13 +344,13 @@ def _none(*_: object) -> list[str]:
 
 
 _BACKENDS = (
-    Backend("hopper", "Hopper kernel (Gluon)", hopper_plan.hopper_reasons, _run_hopper, hopper_plan.missing),
+    Backend("hopper", "Hopper kernel (Gluon, CUDA C++)", hopper_plan.hopper_reasons, _run_hopper, hopper_plan.missing),
     Backend("triton", "portable Triton kernel", triton_reasons, _run_triton, _triton_missing),
     Backend("cpu", "pieces by PyTorch's CPU kernel", _cpu_reasons, _run_pieces, lambda: ""),
     Backend("pieces", "pieces by matrix products, any device, slow", _pieces_reasons, _run_pieces, lambda: ""),
     Backend("reference", "the formula, small sizes", _none, _run_reference, lambda: ""),
-    Backend("int8", "Hopper kernel in 8 bits: INT8 queries and keys, e4m3 weights and values (Gluon)", fp8.fp8_reasons,
+    Backend("int8", "Hopper kernels in 8 bits: INT8 queries and keys, e4m3 weights and values", fp8.fp8_reasons,
             functools.partial(fp8.block_sparse_attention_fp8, scores="int8"), hopper_plan.missing),
-    Backend("fp8", "Hopper kernel in 8 bits: all in e4m3 (Gluon)", fp8.fp8_reasons,
+    Backend("fp8", "Hopper kernels in 8 bits: all in e4m3", fp8.fp8_reasons,
             functools.partial(fp8.block_sparse_attention_fp8, scores="e4m3"), hopper_plan.missing),
 )

@@ -1,11 +1,12 @@
 """Block-sparse attention forward with LSE in 8 bits for Hopper GPUs: quantise, then one kernel.
 
-The kernel is `fp8_kernel`, what it reads is made by `quantise`. Weights and values are 8-bit floats (e4m3); queries and
-keys are e4m3 or 8-bit integers (INT8), as `scores` says. Both have twice the matrix rate of bf16, at an error of a few
-per cent. In e4m3 queries, keys, weights and values are each rounded by at most 2^-4 of themselves: on white noise with
-scores of unit variance together by 2 * 2^-4 / sqrt(3) = 7 % (root mean square, relative to the output). INT8 rounds
-queries and keys by at most a 254th of the largest in their block of 128: by less than e4m3 where numbers are more than
-a sixteenth of the largest, by more where they are smaller. `python -m dit_sparse.eval.eight_bits` compares both.
+The kernel is `fp8_kernel`, or its twin in CUDA C++, `fp8_cuda`; what they read is made by `quantise`. Weights and
+values are 8-bit floats (e4m3); queries and keys are e4m3 or 8-bit integers (INT8), as `scores` says. Both have twice
+the matrix rate of bf16, at an error of a few per cent. In e4m3 queries, keys, weights and values are each rounded by at
+most 2^-4 of themselves: on white noise with scores of unit variance together by 2 * 2^-4 / sqrt(3) = 7 % (root mean
+square, relative to the output). INT8 rounds queries and keys by at most a 254th of the largest in their block of 128:
+by less than e4m3 where numbers are more than a sixteenth of the largest, by more where they are smaller. `python -m
+dit_sparse.eval.eight_bits` compares both.
 Importing this module needs neither triton nor a GPU.
 """
 
@@ -18,11 +19,13 @@ import torch
 from torch import Tensor
 
 from .blocks import Blocks
+from .fp8_cuda import attend_cuda, starting, takes_cuda
 from .hopper_plan import Plan, hopper_reasons, make_plan
 from .quantise import BLOCK, Quantised, dequantise, quantise, quantise_reference, stored_dtype
 from .reference import attention_reference
 
-__all__ = ["attend", "block_sparse_attention_fp8", "block_sparse_fp8_reference", "fp8_plan", "fp8_reasons"]
+__all__ = ["attend", "attend_gluon", "block_sparse_attention_fp8", "block_sparse_fp8_reference", "fp8_plan",
+           "fp8_reasons"]
 
 # What queries and keys are rounded to unless a call says it: a name of `quantise.SCORES`.
 SCORES = "e4m3"
@@ -50,7 +53,8 @@ def fp8_plan(blocks: Blocks, key_tokens: int, head_dim: int, value_dim: int) -> 
 
 
 def block_sparse_attention_fp8(
-    query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float, *, scores: str = SCORES
+    query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float, *, scores: str = SCORES,
+    cuda: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Block-sparse attention whose products are computed in 8 bits.
 
@@ -60,6 +64,9 @@ def block_sparse_attention_fp8(
         blocks: which key blocks each query block computes, blocks of 128; any order, window and key mask.
         scale: factor of the scores, positive.
         scores: what queries and keys are rounded to, "e4m3" or "int8". Weights and values are e4m3.
+
+    Expert args:
+        cuda: as for `attend`.
 
     Returns:
         out (B, Lq, H, Dv) in the query's dtype, LSE (B, H, Lq) float32, natural log. Queries without a key give 0 and
@@ -78,12 +85,12 @@ def block_sparse_attention_fp8(
         return out, torch.full((B, H, Lq), -torch.inf, device=query.device)
     plan = fp8_plan(blocks, Lk, query.shape[3], DV)
     quantised = quantise(query, key, value, blocks, scale, plan.key_ok, scores)
-    return attend(quantised, blocks, plan, scale, Lq, query.dtype)
+    return attend(quantised, blocks, plan, scale, Lq, query.dtype, cuda=cuda)
 
 
 def attend(
     quantised: Quantised, blocks: Blocks, plan: Plan, scale: float, query_tokens: int, dtype: torch.dtype, *,
-    stages: int = STAGES, fresh: bool = True
+    cuda: bool | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention over what `quantise` made.
 
@@ -91,6 +98,33 @@ def attend(
         quantised: the activations; the type of queries and keys decides how scores are computed.
         blocks, scale: as they were quantised with. plan: `fp8_plan` of the call.
         query_tokens: Lq. dtype: of the output, bfloat16 or float16.
+
+    Expert args:
+        cuda: take the kernel in CUDA C++, or the one in Gluon; None: the former where it can run, see `takes_cuda`.
+
+    Returns:
+        out (B, Lq, H, Dv) and LSE (B, H, Lq), as `block_sparse_attention_fp8`.
+
+    Raises:
+        ValueError: when the kernel in CUDA C++ is asked for and cannot run the call.
+    """
+    call = (quantised, blocks, plan, scale, query_tokens, dtype)
+    if not takes_cuda(blocks, plan, cuda):
+        return attend_gluon(*call)
+    if cuda:
+        return attend_cuda(*call)
+    kind = (quantised.value.device, dtype, quantised.query.dtype)
+    return starting.run(kind, lambda: attend_cuda(*call), lambda: attend_gluon(*call))
+
+
+def attend_gluon(
+    quantised: Quantised, blocks: Blocks, plan: Plan, scale: float, query_tokens: int, dtype: torch.dtype, *,
+    stages: int = STAGES, fresh: bool = True
+) -> tuple[Tensor, Tensor]:
+    """`attend` by the kernel in Gluon.
+
+    Args:
+        quantised, blocks, plan, scale, query_tokens, dtype: as for `attend`.
 
     Expert args:
         stages: blocks of keys, and of values, in flight: 2 or 4.

@@ -1,7 +1,7 @@
 """Hopper kernel: block-sparse attention forward with LSE for compute capability 9.0, launched from here.
 
-The kernel itself is `hopper_kernel`, what it can run and is launched with `hopper_plan`. Imported only when used:
-importing this module needs triton 3.6 or later.
+The kernel itself is `hopper_kernel`, what it can run and is launched with `hopper_plan`; calls for which it is faster
+go to its twin in CUDA C++, `hopper_cuda`. Imported only when used: importing this module needs triton 3.6 or later.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .blocks import Blocks, empty_results
-from .hopper_cuda import block_sparse_attention_cuda, cuda_reasons
+from .hopper_cuda import block_sparse_attention_cuda, starting, takes_cuda
 from .hopper_kernel import MAX_REGISTERS, attention_kernel
 from .hopper_plan import (
-    CUDA_FIRST,
     QUERY_BLOCK,
     Plan,
     Tuning,
@@ -26,6 +25,7 @@ from .hopper_plan import (
     bulk_strides,
     half_of,
     hopper_reasons,
+    kind_of,
     make_plan,
     prefers_persistent,
     runs_persistent,
@@ -55,10 +55,23 @@ def block_sparse_attention_hopper(
 
     Returns:
         out (B, Lq, H, Dv) in the query's dtype, LSE (B, H, Lq) float32.
+
+    Raises:
+        ValueError: when `tuning` asks for the kernel in CUDA C++ and that cannot run the call.
     """
     tuning = tuning or Tuning()
-    if (CUDA_FIRST if tuning.cuda is None else tuning.cuda) and not cuda_reasons(query, key, value, blocks):
-        return block_sparse_attention_cuda(query, key, value, blocks, scale, tuning)
+    call = (query, key, value, blocks, scale, tuning)
+    if not takes_cuda(query, key, value, blocks, tuning):
+        return _by_gluon(*call)
+    if tuning.cuda:
+        return block_sparse_attention_cuda(*call)
+    return starting.run(kind_of(query, value, blocks), lambda: block_sparse_attention_cuda(*call),
+                        lambda: _by_gluon(*call))
+
+
+def _by_gluon(
+    query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float, tuning: Tuning
+) -> tuple[Tensor, Tensor]:
     out, lse = empty_results(query, key, value)
     if not out.numel() or not key.numel():
         return out, lse

@@ -1,7 +1,7 @@
 """Hopper kernel in CUDA C++: block-sparse attention forward with LSE for compute capability 9.0, launched from here.
 
-It runs what most calls are: blocks of 128 by 128 without window and key mask, in raster order or through an index. The
-source is `cuda/attention.cu`, the compiler `nvrtc`. Importing this module needs neither.
+It runs what most calls are: blocks of 128 queries by 128 or 64 keys without window and key mask, in raster order or
+through an index. The source is `cuda/attention.cu`, the compiler `nvrtc`. Importing this module needs neither.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ from torch import Tensor
 
 from . import nvrtc
 from .blocks import Blocks, empty_results
-from .hopper_plan import QUERY_BLOCK, Tuning, bulk_readable, bulk_strides, common_box, hopper_reasons
+from .hopper_plan import QUERY_BLOCK, Tuning, bulk_readable, bulk_strides, common_box, hopper_reasons, prefers_cuda
+from .starting import Starting
 
-__all__ = ["block_sparse_attention_cuda", "cuda_reasons"]
+__all__ = ["block_sparse_attention_cuda", "cuda_reasons", "note", "starting", "takes_cuda"]
+
+starting = Starting("the Hopper kernel in CUDA C++", "the one in Gluon")
 
 THREADS = 384
 SHARED = 232448
@@ -48,19 +51,45 @@ def cuda_reasons(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks) -> l
         reasons.append(why)
     for what, there in (("a window", blocks.coordinates), ("a key mask", blocks.key_mask is not None),
                         ("tiles copied as boxes", common_box(blocks) is not None),
-                        (f"blocks of {blocks.key_block} keys", blocks.key_block != QUERY_BLOCK),
                         ("an index on one side only", (blocks.query_index is None) != (blocks.key_index is None))):
         if there:
             reasons.append(f"the CUDA kernel computes no call with {what}")
     return reasons
 
 
-def variant(dtype: torch.dtype, head_dim: int, value_dim: int, permuted: bool) -> dict[str, int]:
+def takes_cuda(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, tuning: Tuning) -> bool:
+    """Whether a call goes to this kernel. One that would, but for the machine, is counted in `starting.fallbacks`.
+
+    Args:
+        query, key, value, blocks: as for `block_sparse_attention_cuda`.
+        tuning: whether it is asked for, or tiles copied as boxes are.
+
+    Raises:
+        ValueError: when this kernel is asked for and cannot run the call, with its reasons.
+    """
+    width = max(query.shape[3], value.shape[3])
+    if tuning.cuda is None and not prefers_cuda(blocks, width, ragged_boxes=tuning.ragged_boxes):
+        return False
+    return starting.takes(tuning.cuda, cuda_reasons(query, key, value, blocks), nvrtc.missing(), "Tuning(cuda=True)")
+
+
+def note() -> str:
+    """What to know about this kernel on a machine whose Hopper kernel runs, for the list of backends."""
+    if why := nvrtc.missing():
+        return f"; all calls run on the kernel in Gluon, as {why}"
+    if failed := starting.failed:
+        return f"; {len(failed)} kind(s) of calls run on the kernel in Gluon: {next(iter(failed.values()))}"
+    return ""
+
+
+def variant(
+    dtype: torch.dtype, head_dim: int, value_dim: int, permuted: bool, key_block: int = QUERY_BLOCK
+) -> dict[str, int]:
     """The macros of the source for a call."""
     width = 64 if max(head_dim, value_dim) <= 64 else 128
     # Beside the queries of two tiles, five blocks of 128 numbers a token fill the shared memory.
-    return dict(WIDTH=width, STAGES=5 if width == 128 else 8, PERMUTED=int(permuted), ARGUMENT_BYTES=ARGUMENT_BYTES,
-                SHARED_BYTES=SHARED) | ({"FP16": 1} if dtype == torch.float16 else {})
+    return dict(WIDTH=width, STAGES=5 if width == 128 else 8, PERMUTED=int(permuted), KEY_BLOCK=key_block,
+                ARGUMENT_BYTES=ARGUMENT_BYTES, SHARED_BYTES=SHARED) | ({"FP16": 1} if dtype == torch.float16 else {})
 
 
 def block_sparse_attention_cuda(
@@ -96,9 +125,9 @@ def block_sparse_attention_cuda(
         key, value = bulk_readable(key), bulk_readable(value)
         query = bulk_readable(query)
         a = _Arguments()
-        macros = variant(query.dtype, D, DV, index is not None)
+        macros = variant(query.dtype, D, DV, index is not None, blocks.key_block)
         tiles = B * H * blocks.query_blocks
-        a.key, a.value = (_describe(x, QUERY_BLOCK) for x in (key, value))
+        a.key, a.value = (_describe(x, blocks.key_block) for x in (key, value))
         if index is None:
             a.query, a.out = _describe(query, QUERY_BLOCK), _describe(out, 16)
         order = launch_order(blocks.whole + blocks.boundary, B, H, longest_first=tuning.longest_first)

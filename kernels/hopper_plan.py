@@ -19,8 +19,6 @@ from .blocks import Blocks
 QUERY_BLOCK = 128
 KEY_BLOCKS = (64, 128)
 MAX_HEAD_DIM = 128
-# Whether calls that the kernel in CUDA C++ can run go to it without being asked to.
-CUDA_FIRST = False
 
 
 @torch.compiler.assume_constant_result  # what a compiler traces ends here
@@ -90,8 +88,9 @@ class Tuning:
             order without a window only, as the others would spill registers. None: as `prefers_persistent` says.
         ragged_boxes: copy tiles that the grid cuts straight from the activations as well.
         longest_first: start the longest lists first, or keep the order of heads and blocks; None: by their number, see
-            `portable.launch_order`.
-        cuda: take the kernel in CUDA C++ where it can run, else the one in Gluon; None: as `CUDA_FIRST` says.
+            `launch_order`.
+        cuda: take the kernel in CUDA C++, which is an error where it cannot run, or the one in Gluon; None: as
+            `prefers_cuda` says where it can run.
     """
 
     persistent: bool | None = None
@@ -194,6 +193,24 @@ def prefers_persistent(blocks: Blocks, plan: Plan) -> bool:
     heads of 64: density 1: 457 -> 473, .25: 425 -> 449. 64-key blocks lose: 573 -> 558, 547 -> 542.
     """
     return blocks.key_block == 128
+
+
+def prefers_cuda(blocks: Blocks, width: int, *, ragged_boxes: bool = False) -> bool:
+    """Whether the kernel in CUDA C++ is expected to be faster than the one in Gluon, where it can run.
+
+    It is wherever it was measured: H200, bf16, 32,768 tokens, random lists, November 2026, TFLOP/s Gluon -> CUDA C++,
+    taking turns. 12 heads of 128 in raster order, density 1: 636 -> 647, .25: 597 -> 613, .1: 596 -> 631 and 633 -> 634
+    in two runs; permuted 617 -> 631, 587 -> 609, 535 -> 568; 64-key blocks 560 -> 637, 550 -> 669, 564 -> 640, permuted
+    at .25 and .1: 514 -> 575, 485 -> 551. 24 heads of 64, density 1, .5, .25: 457 -> 471, 450 -> 468, 440 -> 460;
+    permuted 438 -> 466, 432 -> 460, 412 -> 445.
+
+    Args:
+        blocks: the lists and layouts.
+        width: the larger head dim, of the queries or of the values. 64-key blocks were not timed up to 64.
+        ragged_boxes: as for `common_box`; tiles that it lets one copy as boxes are left to Gluon.
+    """
+    timed = blocks.key_block == QUERY_BLOCK or width > 64
+    return timed and not (ragged_boxes and common_box(blocks, ragged=True) is not None)
 
 
 def common_box(blocks: Blocks, *, ragged: bool = False) -> tuple[int, ...] | None:

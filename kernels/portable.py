@@ -24,6 +24,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .blocks import Blocks, empty_results
+from .launch_order import launch_order
 
 LOG2_E = 1.4426950408889634
 
@@ -250,30 +251,6 @@ def describe(x: Tensor, rows: int, width: int) -> TensorDescriptor:
     b, n, h = (stride if size > 1 else 16 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
     B, L, H, D = x.shape
     return TensorDescriptor(x, [B, H, L, D], [b, h, n, 1], [1, 1, rows, width])
-
-
-# From so many query blocks on, what is left over at the end is short against the whole, and the order of heads and
-# blocks is faster: 671 against 618 TFLOP/s with 23,640 of them, heads of density .02 to 1 (H200, November 2026).
-MANY_BLOCKS = 8192
-
-
-def launch_order(counts: Tensor, batch: int, heads: int, *, longest_first: bool | None = None) -> Tensor:
-    """int32 (B * H * nq,): query blocks in launch order.
-
-    Those with at least twice the mean work come first, longest first, so that none of them is left over at the end;
-    all others keep their order, in which neighbours share keys in the cache.
-
-    Args:
-        counts: int32 (B|1, H|1, nq), listed blocks.
-        longest_first: False keeps the order of heads and blocks for all; None does so from `MANY_BLOCKS` on.
-    """
-    if longest_first is None:
-        longest_first = batch * heads * counts.shape[2] < MANY_BLOCKS
-    if not longest_first:
-        return torch.arange(batch * heads * counts.shape[2], dtype=torch.int32, device=counts.device)
-    counts = counts.expand(batch, heads, -1).flatten().to(torch.float32)
-    ratio = (counts / counts.mean().clamp(min=1e-6)).to(torch.int32).clamp(min=1)
-    return ratio.sort(descending=True, stable=True).indices.to(torch.int32)
 
 
 def demote_masked(blocks: Blocks, key_ok: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

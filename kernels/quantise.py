@@ -40,8 +40,9 @@ LARGEST_INTEGER = 127.0  # of INT8, without -128: as far below 0 as above
 # How queries and keys may be stored: what the scores are computed from.
 SCORES = {"e4m3": DTYPE, "int8": torch.int8}
 SMALLEST = 2.0**-40  # of a block's largest magnitude: two scales of 0 would multiply to 0, and 0 * -inf is NaN
-# Enough programs to keep the memory busy; what each of them reads is a few hundred tokens.
-_STATISTICS_PROGRAMS = 2048
+# Enough programs to keep the memory busy, and parts of a head: each program reads several hundred tokens.
+_STATISTICS_PROGRAMS = 1024
+_STATISTICS_PARTS = 100
 _STATISTICS_ROWS = 32
 
 
@@ -219,7 +220,7 @@ def _statistics(key: Tensor, value: Tensor, key_mask: Tensor | None, value_scale
 
     B, Lk, H, D = key.shape
     DV, rows = value.shape[3], _STATISTICS_ROWS
-    span = -(-Lk // max(1, _STATISTICS_PROGRAMS // (B * H)))
+    span = -(-Lk // max(_STATISTICS_PARTS, _STATISTICS_PROGRAMS // (B * H)))
     span = -(-span // rows) * rows
     parts = -(-Lk // span)
     sums, tops, mean = (torch.empty(B, H, *shape, dtype=torch.float32, device=key.device)

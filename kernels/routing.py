@@ -24,7 +24,8 @@ from .portable import _broadcast_strides, _on_device, _width
 if TYPE_CHECKING:
     from dit_sparse.selection import Rule
 
-TILE = 64  # query and key blocks of one program of `score_kernel`
+# Query and key blocks of one program of `score_kernel`, channels of a step, warps.
+TILE: dict[str, int] = dict(BM=64, BN=64, STEP=32, num_warps=4)
 _NUMBERS_AT_ONCE = 2**23  # scores in memory at a time: 32 MB, less than the cache of a Hopper GPU
 _KINDS = ("top_k", "top_p", "threshold")
 
@@ -39,20 +40,80 @@ def _image(x):
 
 
 @triton.jit
-def _last_kept(image, weight, least):
-    """The highest value such that the weights of all images from it upwards add up to `least`, or the lowest int32."""
-    last = tl.where(tl.sum(tl.where(image >= 0, weight, 0), 0) >= least, 0, -2147483648)
-    for i in range(31):
-        bit = tl.full([], 1, tl.int32) << (30 - i)
-        held = tl.sum(tl.where(image >= (last | bit), weight, 0), 0)
-        last = tl.where(held >= least, last | bit, last)
-    return last
+def _inside(place, first, end):
+    """first <= place < end, for first <= end or end <= place: one comparison."""
+    return (place - first).to(tl.uint32, bitcast=True) < tl.maximum(end - first, 0).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
-def _count_of_share(image, share, limit):
+def _float(image):
+    """The float of an image, -0 and NaN left aside."""
+    return tl.where(image < 0, image ^ 0x7FFFFFFF, image).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _between(low, high, step, FLOATS: tl.constexpr):
+    """A value above `low` and below `high`, in the middle: of the integers, or with FLOATS three times in four of the
+    floats, among which scores lie more evenly; in the other turns integers, which sets a bound to the steps."""
+    middle = (low + high) >> 1
+    if FLOATS:
+        guess = _image(_float(low.to(tl.int32)) * 0.5 + _float((high - 1).to(tl.int32)) * 0.5)
+        middle = tl.where((step % 4 != 3) & (low < guess) & (guess < high), guess, middle)
+    return middle.to(tl.int32)
+
+
+@triton.jit
+def _range(image, ranked):
+    """The lowest image of what is ranked, and one more than the highest: int64, which can count on from any image."""
+    return tl.min(tl.where(ranked, image, 2147483647), 0).to(tl.int64), tl.max(image, 0).to(tl.int64) + 1
+
+
+@triton.jit
+def _last_kept(image, ranked, candidates, count, FLOATS: tl.constexpr, PEAKS: tl.constexpr):
+    """A value such that at most `count` images lie above it and at least so many at it or above; count <= candidates.
+
+    Bisection between the lowest and the highest image, which ends as soon as just `count` images lie at it or above.
+    PEAKS: every row holds some infinities, which are left out of the range: it would be far too wide.
+    """
+    low, high = _range(image, ranked)
+    if PEAKS:
+        peak = image >= 2139095040
+        enough = tl.sum(peak.to(tl.int32), 0) >= count
+        high = tl.where(enough, high, tl.max(tl.where(peak, -2147483648, image), 0).to(tl.int64) + 1)
+        low = tl.where(enough, 2139095040, low)
+    held = candidates  # images at `low` or above
+    step = tl.full([], 0, tl.int32)
+    while (held > count) & (high - low > 1):
+        middle = _between(low, high, step, FLOATS)
+        found = tl.sum((image >= middle).to(tl.int32), 0)
+        low = tl.where(found >= count, middle, low)
+        held = tl.where(found >= count, found, held)
+        high = tl.where(found >= count, high, middle)
+        step += 1
+    return tl.minimum(low, high - 1).to(tl.int32)  # without candidates the range is empty
+
+
+@triton.jit
+def _last_of_share(image, share, ranked, candidates, limit):
+    """The highest image such that the shares from it upwards add up to more than `limit`, or the lowest int32."""
+    low, high = _range(image, ranked)
+    enough = tl.sum(share, 0) > limit
+    held = tl.where(enough, candidates, 0)  # images from `low` up
+    beyond = tl.full([], 0, tl.int32)  # images from `high` up
+    while (held - beyond > 1) & (high - low > 1):
+        middle = _between(low, high, 0, False)
+        reached = tl.sum(tl.where(image >= middle, share, 0), 0) > limit
+        found = tl.sum((image >= middle).to(tl.int32), 0)
+        low = tl.where(reached, middle, low)
+        held = tl.where(reached, found, held)
+        beyond = tl.where(reached, beyond, found)
+        high = tl.where(reached, high, middle)
+    return tl.where(enough, tl.max(tl.where(image < high, image, -2147483648), 0), -2147483648)
+
+
+@triton.jit
+def _count_of_share(image, share, last, limit):
     """How many of the best images are kept while the shares before them add up to at most `limit`."""
-    last = _last_kept(image, share, limit + 1)
     above = image > last
     equal = image == last
     held = tl.sum(tl.where(above, share, 0), 0)
@@ -64,15 +125,16 @@ def _count_of_share(image, share, limit):
     return tl.sum(above.to(tl.int32), 0) + fitting.to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["first_tile", "tiles", "NQ", "NK"])
+@triton.jit(do_not_specialize=["first_tile", "tiles", "H", "NQ", "NK"])
 def score_kernel(
-    QUERY, KEY, SCORES, first_tile, tiles, NQ, NK, stride_row, scale,
+    QUERY, KEY, WEIGHT, SCORES, stride_wb, stride_wh, first_tile, tiles, H, NQ, NK, stride_row, scale,
     D: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Scores of BM query blocks by BN key blocks of one head.
 
-    QUERY (B * H, NQ, D), KEY (B * H, NK, D): block means, float32. SCORES (tiles of this launch * BM, stride_row).
+    QUERY (B * H, NQ, D), KEY (B * H, NK, D): block means, float32. WEIGHT float32 (B|1, H|1, NK) by strides, added to
+    every score of its key block, or None. SCORES (tiles of this launch * BM, stride_row).
     """
     pid = tl.program_id(0)
     tile = first_tile + pid
@@ -89,6 +151,9 @@ def score_kernel(
         query = tl.load(p_query + o_d, mask=m_query & (o_d < D), other=0.0) * scale
         key = tl.load(p_key + o_d, mask=m_key & (o_d < D), other=0.0)
         score = tl.dot(query, key.T, score, input_precision=PRECISION)
+    if WEIGHT is not None:
+        p_weight = WEIGHT + bh // H * stride_wb + bh % H * stride_wh + o_key
+        score += tl.load(p_weight, mask=o_key < NK, other=0.0)[None, :]
     row = (pid * BM + tl.arange(0, BM)).to(tl.int64)
     p_score = SCORES + row[:, None] * stride_row + o_key[None, :]
     tl.store(p_score, score, mask=(o_key < NK)[None, :])
@@ -101,13 +166,14 @@ def select_kernel(
     stride_row, stride_ab, stride_ah, stride_aq, stride_rb, stride_rh, stride_cb, stride_ch,
     first_tile, tiles, H, NQ, NK, width, amount, first_row, end_row, first_column, end_column, first_forced, end_forced,
     KIND: tl.constexpr, SOFTMAX: tl.constexpr, LEAST: tl.constexpr, OWN: tl.constexpr, NEAR: tl.constexpr,
-    KEY_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    FORCED: tl.constexpr, KEY_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
     """The list of one query block, from its row of scores.
 
     SCORES: row r of this launch belongs to tile first_tile + r // ROWS of query blocks. LISTS (B * H, NQ, width),
     WHOLE, BOUNDARY and PAIRS (B * H, NQ), contiguous. KIND 0: top-k; 1: top-p; 2: threshold, with AMOUNT, or `amount`
-    where it is None. FORCED_ROWS and FORCED_COLUMNS may be None. COLUMNS: NK padded to a power of two.
+    where it is None. FORCED_ROWS and FORCED_COLUMNS may be None. FORCED: the range of forced blocks is not empty.
+    COLUMNS: NK padded to a power of two.
     """
     pid = tl.program_id(0)
     tile = first_tile + pid // ROWS
@@ -122,7 +188,8 @@ def select_kernel(
     score = tl.load(SCORES + pid.to(tl.int64) * stride_row + o_key, mask=m_key, other=0.0)
     if NEAR:  # these rank before all others
         score = tl.where((o_key < i_q + NEAR) & (i_q < o_key + NEAR), float("inf"), score)
-    ranked = m_key & (o_key >= first_column) & (o_key < end_column)
+    candidates = tl.maximum(tl.minimum(end_column, NK) - first_column, 0)
+    ranked = _inside(o_key, first_column, first_column + candidates)
     if AMOUNT is None:
         limit = amount
     else:
@@ -133,57 +200,64 @@ def select_kernel(
         score = tl.exp(score - tl.max(score, 0))
         score = score / tl.sum(tl.where(ranked, score, 0.0), 0)
     image = tl.where(ranked, _image(score), -2147483648)
-    candidates = tl.sum(ranked.to(tl.int32), 0)
     if KIND == 0:
-        count = tl.maximum(limit, 1).to(tl.int32)
+        count = tl.minimum(tl.maximum(limit, 1).to(tl.int32), candidates)
+        last = _last_kept(image, ranked, candidates, count, not SOFTMAX, NEAR > 0)
     elif KIND == 1:
         # Sums of whole numbers are exact, whatever order they are added in; 2^40 stands for a share of 1.
         share = tl.where(ranked & (score == score), tl.minimum(tl.maximum(score, 0.0), 1.0), 0.0) * 1099511627776.0
-        count = tl.maximum(_count_of_share(image, share.to(tl.int64), limit.to(tl.int64)), LEAST)
+        share = share.to(tl.int64)
+        limit = limit.to(tl.int64)
+        last = _last_of_share(image, share, ranked, candidates, limit)
+        count = tl.minimum(tl.maximum(_count_of_share(image, share, last, limit), LEAST), candidates)
+        if count > tl.sum((image >= last).to(tl.int32), 0):  # more of them are asked for than the share takes
+            last = _last_kept(image, ranked, candidates, count, False, False)
     else:
-        count = tl.full([], 1, tl.int32)
-    count = tl.minimum(count, candidates)
-    if KIND == 2:
+        count = tl.minimum(candidates, 1)
         last = tl.max(image, 0)
-    else:
-        last = _last_kept(image, ranked.to(tl.int32), count)
     above = image > last
-    equal = ranked & (image == last)
-    # Of equal scores the lower indices are kept, as many as there is room for.
-    room = count - tl.sum(above.to(tl.int32), 0)
-    keep = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
+    equal = image == last
+    # Of equal scores the lower indices are kept, as many as there is room for; the lowest int32 is no score.
+    found = tl.sum(above.to(tl.int32) + (equal.to(tl.int32) << 16), 0)
+    room = tl.where(last == -2147483648, 0, count - (found & 0xFFFF))
+    end = NK
+    if found >> 16 > room:
+        end = tl.sum((tl.cumsum(equal.to(tl.int32), 0) <= room).to(tl.int32), 0)
+    keep = above | (equal & (o_key < end))
     if KIND == 2:
-        keep |= ranked & (score >= limit)
+        keep |= (image != -2147483648) & (score >= limit)
 
-    # What lies outside of the choice is kept.
-    keep |= (o_key < first_column) | (o_key >= end_column) | ((o_key >= first_forced) & (o_key < end_forced))
-    keep |= (i_q < first_row) | (i_q >= end_row)
+    # What lies outside of the choice is kept; slots beyond the blocks have no length.
+    whole_row = (i_q < first_row) | (i_q >= end_row)
+    if FORCED_ROWS is not None:
+        whole_row |= tl.load(FORCED_ROWS + b * stride_rb + h * stride_rh + i_q) != 0
+    keep |= (image == -2147483648) | whole_row
+    if FORCED:
+        keep |= _inside(o_key, first_forced, end_forced)
     if OWN:
         keep |= o_key == i_q
-    if FORCED_ROWS is not None:
-        keep |= tl.load(FORCED_ROWS + b * stride_rb + h * stride_rh + i_q) != 0
     if FORCED_COLUMNS is not None:
         keep |= tl.load(FORCED_COLUMNS + b * stride_cb + h * stride_ch + o_key, mask=m_key, other=0) != 0
-    length = tl.load(KEY_LENGTHS + o_key, mask=m_key, other=0)
     query_length = tl.load(QUERY_LENGTHS + i_q)
-    keep = keep & (length > 0) & (query_length > 0)
+    length = tl.load(KEY_LENGTHS + o_key, mask=m_key & (query_length > 0), other=0)
+    keep &= length > 0
 
-    # Every block goes to its place in the list: whole ones, then short ones, then zeros for those not kept.
+    # Every kept block goes to its place in the list: whole ones, then short ones, then zeros.
     short = keep & (length < KEY_BLOCK)
     rank = tl.cumsum(keep.to(tl.int32) + (short.to(tl.int32) << 16), 0)
-    n_short = tl.sum(short.to(tl.int32), 0)
-    n_kept = tl.sum(keep.to(tl.int32), 0)
-    kept_rank = rank & 0xFFFF
+    total = tl.max(rank, 0)
+    n_short = total >> 16
+    n_kept = total & 0xFFFF
     short_rank = rank >> 16
-    place = tl.where(keep, kept_rank - short_rank - 1, n_kept + o_key - kept_rank)
-    place = tl.where(short, n_kept - n_short + short_rank - 1, place)
+    place = tl.where(short, n_kept - n_short + short_rank, (rank & 0xFFFF) - short_rank) - 1
     at = bh * NQ + i_q
-    listed = m_key & (place < width)
-    tl.store(LISTS + at * width + place, tl.where(keep, o_key, 0), mask=listed)
+    listed = keep & (place < width)
+    tl.store(LISTS + at * width + place, o_key, mask=listed)
+    tl.store(LISTS + at * width + o_key, tl.zeros_like(o_key), mask=_inside(o_key, n_kept, width))
     n_whole = tl.minimum(n_kept - n_short, width)
     tl.store(WHOLE + at, n_whole)
     tl.store(BOUNDARY + at, tl.minimum(n_short, width - n_whole))
-    keys = tl.sum(tl.where(listed & keep, length, 0), 0)
+    keys = tl.sum(tl.where(listed, length, 0), 0)
     tl.store(PAIRS + at, keys.to(tl.int64) * query_length)
 
 
@@ -202,13 +276,21 @@ class Lists:
     pairs: Tensor
 
 
-def warps_of_row(columns: int, kind: str) -> int:
-    """Warps of a program of `select_kernel`: few, so that few threads wait.
+def resources_of_row(columns: int, kind: str, forced: bool) -> dict[str, int | None]:
+    """Warps of a program of `select_kernel` and most registers of a thread: few, so that many rows share a processor.
 
-    H200, 23,640 rows of 591, November 2026, ms of means to lists with 1, 2 and 4 warps: top-k .479, .427, .443, top-p
-    .791, .854, .896, threshold .348, .301, .286.
+    H200, 23,640 rows of 591, November 2026, ms of scores to lists: top-k .189 with one warp and 128 registers, .176
+    with two and 64, .191 with two and as many as the compiler takes, .226 with four; top-p .484 with one, .368 with
+    two, .391 with four; threshold .166 with one, .133 with two, .124 with four.
+
+    Args:
+        columns: of a row, a power of two.
+        kind: of the rule.
+        forced: whether the rule has maps of forced blocks, which do not fit into 64 registers.
     """
-    return max(1, columns // (1024 if kind == "top_p" else 512))
+    warps = max(1, columns // (256 if kind == "threshold" else 512))
+    few = kind == "top_k" and columns == 1024 and not forced and not torch.version.hip
+    return dict(num_warps=warps, maxnreg=64 if few else None)
 
 
 def select_triton(
@@ -234,7 +316,7 @@ def select_triton(
 
 def route_triton(
     block_query: Tensor, block_key: Tensor, scale: float, rule: Rule, query_lengths: Tensor, key_lengths: Tensor,
-    key_block: int, width: int | None = None,
+    key_block: int, width: int | None = None, key_weight: Tensor | None = None,
 ) -> Lists:
     """Lists from the blocks' mean queries and keys.
 
@@ -242,6 +324,7 @@ def route_triton(
         block_query: float32 (B, H, nq, D); block_key: float32 (B, H, nk, D).
         scale: softmax scale.
         rule, query_lengths, key_lengths, key_block, width: as in `select_triton`.
+        key_weight: float32 (B|1, H|1, nk), added to every score of the key block, or None.
     """
     B, H, nq, D = block_query.shape
     nk = block_key.shape[2]
@@ -250,17 +333,23 @@ def route_triton(
         return found
     block_query, block_key = block_query.contiguous(), block_key.contiguous()
     arguments = _Select(rule, B, H, query_lengths, key_lengths, key_block, found)
-    tiles, stride = triton.cdiv(nq, TILE), triton.cdiv(nk, 16) * 16
-    most = max(1, min(B * H * tiles, _NUMBERS_AT_ONCE // (TILE * stride)))
-    scores = torch.empty(most * TILE, stride, dtype=torch.float32, device=block_query.device)
     width_d = _width(D)
+    constants = TILE | dict(D=D, WIDTH=width_d, STEP=min(TILE["STEP"], width_d), PRECISION="tf32x3")
+    rows = TILE["BM"]
+    tiles, stride = triton.cdiv(nq, rows), triton.cdiv(nk, 16) * 16
+    most = max(1, min(B * H * tiles, _NUMBERS_AT_ONCE // (rows * stride)))
+    scores = torch.empty(most * rows, stride, dtype=torch.float32, device=block_query.device)
+    weight_strides = [0, 0]
+    if key_weight is not None:
+        key_weight = key_weight if key_weight.stride(-1) == 1 else key_weight.contiguous()
+        weight_strides = _broadcast_strides(key_weight)[:2]
     with _on_device(block_query.device):
         for first in range(0, B * H * tiles, most):
             count = min(most, B * H * tiles - first)
-            score_kernel[(count, triton.cdiv(nk, TILE))](
-                block_query, block_key, scores, first, tiles, nq, nk, stride, scale,
-                D=D, WIDTH=width_d, BM=TILE, BN=TILE, STEP=min(32, width_d), PRECISION="tf32x3", num_warps=4)
-            arguments.launch(scores, stride, count * TILE, first, tiles, TILE)
+            score_kernel[(count, triton.cdiv(nk, TILE["BN"]))](
+                block_query, block_key, key_weight, scores, *weight_strides, first, tiles, H, nq, nk, stride, scale,
+                **constants)
+            arguments.launch(scores, stride, count * rows, first, tiles, rows)
     return found
 
 
@@ -287,12 +376,13 @@ class _Select:
         strides += [s for x in self.tensors[1:] for s in ((0, 0) if x is None else _broadcast_strides(x)[:2])]
         self.outputs = [query_lengths, key_lengths, found.lists, found.whole, found.boundary, found.pairs]
         self.strides = strides
-        self.sizes = [H, nq, nk, found.lists.shape[-1], amount, *rule.row_range(nq), *rule.column_range(nk),
-                      *rule.forced_range(nk)]
+        forced = rule.forced_range(nk)
+        self.sizes = [H, nq, nk, found.lists.shape[-1], amount, *rule.row_range(nq), *rule.column_range(nk), *forced]
         columns = max(16, triton.next_power_of_2(nk))
-        self.constants = dict(KIND=_KINDS.index(rule.kind), SOFTMAX=rule.softmax, LEAST=max(1, rule.least),
-                              OWN=rule.own, NEAR=rule.near, KEY_BLOCK=key_block, COLUMNS=columns,
-                              num_warps=warps_of_row(columns, rule.kind))
+        self.constants: dict[str, Any] = dict(
+            KIND=_KINDS.index(rule.kind), SOFTMAX=rule.softmax, LEAST=max(1, rule.least), OWN=rule.own, NEAR=rule.near,
+            FORCED=forced[0] < forced[1], KEY_BLOCK=key_block, COLUMNS=columns,
+            **resources_of_row(columns, rule.kind, any(x is not None for x in self.tensors[1:])))
 
     def launch(self, scores: Tensor, stride: int, rows: int, first_tile: int, tiles: int, tile: int) -> None:
         """One program for every row of scores."""

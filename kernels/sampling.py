@@ -20,36 +20,39 @@ from .portable import LOG2_E, _on_device, _width
 _PROGRAMS = 1024  # about as many as fill a Hopper GPU for several rounds
 
 
-@triton.jit(do_not_specialize=["H", "R", "L", "SPLITS"])
+@triton.jit(do_not_specialize=["H", "R", "L", "SPLITS", "CANDIDATES"])
 def sampled_kernel(
     Q, K, V, ROWS, ALLOWED, KEY_OK, ACC, MASS, TOP,
     stride_qb, stride_qn, stride_qh, stride_qd, stride_kb, stride_kn, stride_kh, stride_kd,
     stride_vb, stride_vn, stride_vh, stride_vd, stride_ac, stride_ar, stride_mb,
-    H, R, L, SPLITS, split, scale_log2,
-    CANDIDATES: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
+    H, R, L, SPLITS, CANDIDATES, split, scale_log2,
+    D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
-    """BM sampled rows of one head against `split` keys, under one candidate; candidate 0 sees every key.
+    """BM rows of one head against `split` keys: the sampled rows of candidate 0, which sees every key, then those of
+    the next candidates, so that one reading of the keys serves several.
 
     ROWS int64 (R,). ALLOWED bool (CANDIDATES - 1, R, L padded to whole steps), KEY_OK bool (B, L) or None. ACC
     (B, H, C, SPLITS, R, DV), MASS and TOP (B, H, C, SPLITS, R), float32, contiguous: what the split adds to the output
     and to the sum of the softmax, and its maximum, in base 2.
     """
-    # The candidates of one piece run side by side: the first to come fetches the keys for all.
+    # The parts of one piece run side by side: the first to come fetches the keys for all.
+    parts = tl.cdiv(CANDIDATES * R, BM)
     pid = tl.program_id(0)
-    c = pid % CANDIDATES
-    i_split = pid // CANDIDATES % SPLITS
-    bh = (pid // CANDIDATES // SPLITS).to(tl.int64)
+    i_split = pid // parts % SPLITS
+    bh = (pid // parts // SPLITS).to(tl.int64)
     b = bh // H
     h = bh % H
-    o_row = tl.program_id(1) * BM + tl.arange(0, BM)
-    m_row = o_row < R
+    o_all = pid % parts * BM + tl.arange(0, BM)
+    m_row = o_all < CANDIDATES * R
+    c = o_all // R
+    o_row = o_all % R
     token = tl.load(ROWS + o_row, mask=m_row, other=0)
     o_d = tl.arange(0, WIDTH)
     o_dv = tl.arange(0, WIDTH_V)
     p_query = Q + b * stride_qb + h * stride_qh + token[:, None] * stride_qn + o_d[None, :] * stride_qd
     query = tl.load(p_query, mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)
-    p_allowed = ALLOWED + (c - 1).to(tl.int64) * stride_ac + o_row.to(tl.int64)[:, None] * stride_ar
+    p_allowed = ALLOWED + ((c - 1).to(tl.int64) * stride_ac + o_row.to(tl.int64) * stride_ar)[:, None]
     p_key = K + b * stride_kb + h * stride_kh + o_d[None, :] * stride_kd
     p_value = V + b * stride_vb + h * stride_vh + o_dv[None, :] * stride_vd
     m_allowed = (m_row & (c > 0))[:, None]
@@ -78,10 +81,33 @@ def sampled_kernel(
         acc = tl.dot(weight.to(value.dtype), value, acc * shrink[:, None], input_precision=PRECISION)
         top = new_top
 
-    at = ((bh * CANDIDATES + c) * SPLITS + i_split) * R + o_row
+    at = (((bh * CANDIDATES + c) * SPLITS + i_split) * R + o_row).to(tl.int64)
     tl.store(TOP + at, top, mask=m_row)
     tl.store(MASS + at, total, mask=m_row)
     tl.store(ACC + at[:, None] * DV + o_dv[None, :], acc, mask=m_row[:, None] & (o_dv < DV)[None, :])
+
+
+@triton.jit(do_not_specialize=["R", "SPLITS"])
+def merge_kernel(
+    ACC, MASS, TOP, OUT, R, SPLITS, DV: tl.constexpr, WIDTH_V: tl.constexpr, PIECES: tl.constexpr,
+):
+    """One sampled row of one head under one candidate: its splits put together.
+
+    ACC, MASS, TOP: from `sampled_kernel`. OUT float32 (B, H, C, R, DV), contiguous. PIECES: SPLITS padded to a power of
+    two.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    o_dv = tl.arange(0, WIDTH_V)
+    piece = tl.arange(0, PIECES)
+    m_piece = piece < SPLITS
+    at = (row // R * SPLITS + piece) * R + row % R
+    top = tl.load(TOP + at, mask=m_piece, other=-float("inf"))
+    best = tl.max(top, 0)
+    weight = tl.math.exp2(top - tl.where(best == -float("inf"), 0.0, best))
+    total = tl.sum(weight * tl.load(MASS + at, mask=m_piece, other=0.0), 0)
+    acc = tl.load(ACC + at[:, None] * DV + o_dv[None, :], mask=m_piece[:, None] & (o_dv < DV)[None, :], other=0.0)
+    out = tl.sum(weight[:, None] * acc, 0) / tl.where(total > 0, total, 1.0)
+    tl.store(OUT + row * DV + o_dv, out, mask=o_dv < DV)
 
 
 def tile(dtype: torch.dtype) -> dict[str, Any]:
@@ -113,9 +139,11 @@ def sampled_outputs(
         return torch.zeros(B, H, C, R, DV, device=query.device)
     width, width_v = _width(D), _width(DV)
     constants = tile(query.dtype)
-    splits = max(1, min(_PROGRAMS // (B * H * C), triton.cdiv(L, 512)))
+    parts = triton.cdiv(C * R, constants["BM"])
+    splits = max(1, min(_PROGRAMS // (B * H * parts), triton.cdiv(L, 512)))
     split = triton.cdiv(triton.cdiv(L, splits), constants["BN"]) * constants["BN"]
     splits = max(1, triton.cdiv(L, split))
+    out = torch.empty(B, H, C, R, DV, dtype=torch.float32, device=query.device)
     acc = torch.empty(B, H, C, splits, R, DV, dtype=torch.float32, device=query.device)
     mass, top = (torch.empty(B, H, C, splits, R, dtype=torch.float32, device=query.device) for _ in range(2))
     # Whole steps, from addresses that are multiples of 16: masks are loaded 16 keys at a time, without a test.
@@ -123,17 +151,15 @@ def sampled_outputs(
     if key_mask is not None:
         key_mask = key_mask.expand(B, L).contiguous()
     with _on_device(query.device):
-        sampled_kernel[(B * H * splits * C, triton.cdiv(R, constants["BM"]))](
+        sampled_kernel[(B * H * splits * parts,)](
             query, key, value, rows.contiguous(), allowed, key_mask, acc, mass, top,
             *query.stride(), *key.stride(), *value.stride(), *allowed.stride()[:2],
-            0 if key_mask is None else key_mask.stride(0), H, R, L, splits, split, scale * LOG2_E,
-            CANDIDATES=C, D=D, DV=DV, WIDTH=width, WIDTH_V=width_v, **constants)
-    best = top.amax(3, keepdim=True)
-    weight = torch.exp2(top - best.clamp(min=-1e30))
-    total = (mass * weight).sum(3)
-    # [B, H, C, R, 1, splits] x [B, H, C, R, splits, DV]
-    merged = weight.permute(0, 1, 2, 4, 3)[..., None, :] @ acc.transpose(3, 4)
-    return merged[..., 0, :] / torch.where(total > 0, total, 1.0)[..., None]
+            0 if key_mask is None else key_mask.stride(0), H, R, L, splits, C, split, scale * LOG2_E,
+            D=D, DV=DV, WIDTH=width, WIDTH_V=width_v, **constants)
+        merge_kernel[(B * H * C * R,)](
+            acc, mass, top, out, R, splits,
+            DV=DV, WIDTH_V=width_v, PIECES=triton.next_power_of_2(splits), num_warps=1)
+    return out
 
 
 def row_errors_triton(

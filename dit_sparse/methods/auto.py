@@ -7,12 +7,11 @@ its estimate is below a bound that the user names, or until a mean density is sp
 steps; the lists themselves are made anew at every step. All of it is ours; the soft blocks are Sol-Attn's (arXiv
 2607.24027), the rows SVG's (2502.01776), and budgets per head were found worth it by AdaSpa (2502.21079) and others.
 
-Cost at 75,600 tokens, 40 heads of 128, bf16, blocks of 128, 64 rows, counted and not measured. Every step: means of
-queries and keys read 1.5 GB, scores and lists 0.2 GB and 3.6 GFLOP. Every fifth step 12 GB and 0.1 TFLOP: keys and
-values once for their spread and once for the rows 3.1 GB, put in the blocks' order 3.1, scores 1.6, weights 3.1, sums
-1.2. At 3.3 TB/s that is 1.2 ms a step, against 57 ms of attention at density .3: 2.2 %. Measured on an H200 it is ten
-times as much, 11.5 ms beside 58.2 (mean of eight steps, two of them with an estimate). Kept are 0.1 MB for a layer and
-branch.
+Cost at 75,600 tokens, 40 heads of 128, bf16, blocks of 128, 64 rows, density .3, measured on one H200 in November 2026.
+With an estimate 3.0 ms: means and spreads of keys and values .5, the rows' errors 1.4, means of queries .2, scores and
+lists .3. Mean of eight steps, two of them with an estimate: 1.9 ms, .8 of it to put keys and values in order, which
+plans no longer do, beside 58.5 of attention; 11.5 before the estimate was kernels. An estimate takes 430 MB of memory
+beside the activations. Kept are 0.1 MB for a layer and branch.
 """
 
 from __future__ import annotations
@@ -24,12 +23,13 @@ import torch
 from torch import Tensor
 
 from ..blockmask import BlockLayout
+from ..budgets import budget_errors
 from ..grid import TokenGrid
 from ..operators import Drop, Operator, Soft
 from ..order import inverse, video_blocks
 from ..patterns import check_block_size
-from ..routing import lists_by_chunks, pool
-from ..scoring import gather_tokens, head_chunks, keys_held, real_keys, to_slots
+from ..routing import route_means
+from ..scoring import gather_tokens, keys_held
 from ..selection import Rule, count_of_density, map_kept
 from .base import Call, Method, Plan, check_range
 from .sol import ORDERS, Sol
@@ -66,11 +66,10 @@ def block_weight(call: Call, blocks: BlockLayout, soft: bool) -> Tensor:
         float32 (B|1, H|1, blocks), finite.
     """
     weight = keys_held(blocks, call.key_mask).clamp(min=LEAST).log()
-    for name, x in (("key", call.key), ("value", call.value)) if soft else ():
-        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square()
-        mean = pool(squares, blocks, mask=call.key_mask)[..., 0]
-        spread = mean - call.block_mean(name, blocks).square().sum(-1)
-        weight = weight + torch.maximum(spread, LEAST_SPREAD * mean).clamp(min=LEAST).log() / 2
+    for name in ("key", "value") if soft else ():
+        mean, squares = call.block_moments(name, blocks)
+        spread = squares - mean.square().sum(-1)
+        weight = weight + torch.maximum(spread, LEAST_SPREAD * squares).clamp(min=LEAST).log() / 2
     return weight
 
 
@@ -102,86 +101,43 @@ class Sample:
         Returns:
             float32 (B, H, R, G), 0 at the last budget, and (B, H, R); rows of padding count 0.
         """
-        batch, _, heads, width = self.call.query.shape
-        rows, n, slots = self.position.shape[0], self.blocks.blocks, self.blocks.slots
-        numbers = rows * (3 * slots + 3 * n * width + 3 * n * len(self.counts)) + 2 * slots * width
-        parts = [self._some(heads) for heads in head_chunks(heads, batch * numbers)]
-        errors, norms = (torch.cat(x, dim=1) for x in zip(*parts, strict=True))
-        return errors, norms
-
-    def _some(self, heads: slice) -> tuple[Tensor, Tensor]:
-        """`errors` of some heads."""
-        token = self.blocks.token_of_slot.reshape(-1)[self.position]
-        query = gather_tokens(self.call.query[:, :, heads], token).transpose(1, 2)  # [B, h, R, D]
-        mass, part, lse = self._exact(query, heads)
-        kept = self._kept(heads)  # [B, h, R, G, video]
-        # Text, in the blocks after the video's, is always exact.
-        total = (kept @ mass[..., : self.video, None])[..., 0] + mass[..., self.video :].sum(-1)[..., None]
-        out = kept @ part[..., : self.video, :] + part[..., self.video :, :].sum(-2)[..., None, :]
+        call, blocks = self.call, self.blocks
+        token = blocks.token_of_slot.reshape(-1)[self.position]
+        query = gather_tokens(call.query, token).transpose(1, 2).to(torch.float32)  # [B, H, R, D]
+        entry = mean_value = None
         if self.soft:
-            mean_key, mean_value = (self.call.block_mean(name, self.blocks)[:, heads, : self.video]
-                                    for name in ("key", "value"))
-            held = keys_held(self.blocks, self.call.key_mask)
-            held = (held if held.shape[1] == 1 else held[:, heads])[..., None, : self.video]
-            entry = (query.to(torch.float32) @ mean_key.mT * self.call.scale - lse).exp() * held
-            rest = (1 - kept) * entry[..., None, :]
-            total = total + rest.sum(-1)
-            out = out + (rest.flatten(2, 3) @ mean_value).unflatten(2, rest.shape[2:4])
-        out = out / total.clamp(min=LEAST)[..., None]
-        dense = out[..., -1:, :]
-        error, norm = (out - dense).square().sum(-1), dense[..., 0, :].square().sum(-1)
-        if self.call.key_mask is not None:  # whatever padding holds
-            real = self.call.key_mask[:, token][:, None]
-            error, norm = error.masked_fill(~real[..., None], 0), norm.masked_fill(~real, 0)
-        return error, norm
+            mean_key, mean_value = (call.block_mean(name, blocks) for name in ("key", "value"))
+            entry = query @ mean_key.mT * call.scale + keys_held(blocks, call.key_mask).log()[:, :, None]
+        return budget_errors(call.query, call.key, call.value, token, blocks, self._left(), len(self.counts),
+                             call.scale, entry=entry, mean_value=mean_value, key_mask=call.key_mask)
 
-    def _exact(self, query: Tensor, heads: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Dense attention of the rows by key block: its mass (B, h, R, n), its part of the output (B, h, R, n, Dv), and
-        the rows' LSE (B, h, R, 1), float32. The products run in the activations' dtype, the softmax in float32."""
-        call, blocks, shape = self.call, self.blocks, query.shape
-        real = real_keys(blocks, shape[0], call.key_mask)
-        key, value = (to_slots(x[:, :, heads], blocks) for x in (call.key, call.value))
-        # [B h, R, D] x [B h, D, slots], scaled as it is written
-        scores = torch.baddbmm(query.new_zeros(1, 1, 1), query.flatten(0, 1), key.permute(0, 2, 3, 1).flatten(0, 1),
-                               beta=0, alpha=call.scale).unflatten(0, shape[:2])
-        scores.masked_fill_(~real[:, :, None], -torch.inf)
-        top, place = scores.max(-1, keepdim=True)
-        weights = scores.softmax(-1, dtype=torch.float32)
-        lse = top.to(torch.float32) - weights.gather(-1, place).log()
-        weights = weights.unflatten(-1, (blocks.blocks, -1))  # [B, h, R, n, block]
-        if call.key_mask is not None:
-            value = value.masked_fill(~real[:, 0, :, None, None], 0)  # 0 x NaN would be NaN
-        values = value.unflatten(1, (blocks.blocks, -1)).permute(0, 3, 1, 2, 4)  # [B, h, n, block, Dv]
-        part = weights.transpose(2, 3).to(value.dtype) @ values
-        return weights.sum(-1), part.transpose(2, 3).to(torch.float32), lse
-
-    def _kept(self, heads: slice) -> Tensor:
-        """1 where a row keeps a video block at a budget, else 0: float32 (B, h, R, G, video)."""
-        video = self.video
-        block = torch.div(self.position, self.blocks.block_size, rounding_mode="floor")
-        scores = pooled(self.call, self.blocks, self.weight, heads, block)[..., :video]
+    def _left(self) -> Tensor:
+        """How many of the budgets leave a block out for a row: int32 (B, H, R, blocks); text is always kept."""
+        video, blocks = self.video, self.blocks
+        block = torch.div(self.position, blocks.block_size, rounding_mode="floor")
+        scores = pooled(self.call, blocks, self.weight, block)
         own = block[:, None] == torch.arange(video, device=block.device)
-        rank = inverse(scores.masked_fill(own, torch.inf).argsort(dim=-1, descending=True, stable=True))
-        return (rank[..., None, :] < self.counts[:, None]).to(torch.float32)
+        place = scores[..., :video].masked_fill(own, torch.inf).argsort(dim=-1, descending=True, stable=True)
+        left = torch.zeros(scores.shape, dtype=torch.int32, device=scores.device)
+        # The first budget that holds the rank: budgets up to the rank leave it out.
+        left[..., :video] = torch.bucketize(inverse(place).to(torch.float64), self.counts, right=True, out_int32=True)
+        return left
 
 
-def pooled(call: Call, blocks: BlockLayout, weight: Tensor, heads: slice, rows: Tensor | None = None) -> Tensor:
+def pooled(call: Call, blocks: BlockLayout, weight: Tensor, rows: Tensor) -> Tensor:
     """What key blocks are ranked by: scores of the means plus the blocks' weight.
 
     Args:
         call: the activations.
         blocks: layout of queries and keys.
         weight: float32 (B|1, H|1, blocks).
-        heads: which heads.
-        rows: int64 (R,), query blocks; None: all.
+        rows: int64 (R,), query blocks.
 
     Returns:
-        float32 (B, h, R, blocks).
+        float32 (B, H, R, blocks).
     """
-    query = call.block_mean("query", blocks)[:, heads] * call.scale
-    query = query if rows is None else query[:, :, rows]
-    weight = weight if weight.shape[1] == 1 else weight[:, heads]
-    return query @ call.block_mean("key", blocks)[:, heads].mT + weight[:, :, None]
+    query = call.block_mean("query", blocks)[:, :, rows] * call.scale
+    return query @ call.block_mean("key", blocks).mT + weight[:, :, None]
 
 
 def lower_hull(errors: Tensor, counts: Tensor) -> Tensor:
@@ -366,8 +322,6 @@ class Auto(Method):
         blocks, _, _ = self.static(call)
         kept, chosen = self.budget(call), slice(0, video_blocks(blocks, call.grid))
         rule = Rule("top_k", kept["counts"][..., None, None], rows=chosen, columns=chosen, near=1)
-        batch, _, heads, _ = call.query.shape
-        mask = lists_by_chunks(
-            lambda part: pooled(call, blocks, kept["weight"], part), batch, heads, blocks, blocks, rule
-        )
+        means = call.block_mean("query", blocks), call.block_mean("key", blocks)
+        mask = route_means(*means, blocks, blocks, call.scale, rule, key_weight=kept["weight"])
         return Plan(mask, operator=Soft() if self.soft else Drop())

@@ -13,7 +13,7 @@ from ..blockmask import BlockLayout, BlockMask
 from ..grid import TokenGrid
 from ..memory import State
 from ..operators import Drop, Operator
-from ..routing import pool
+from ..routing import pool, pool_moments
 
 
 @dataclass
@@ -96,6 +96,14 @@ class Call:
             # What the ids belong to is kept along: an id may be used again once its owner is gone.
             self._means[place] = (mean, x, layout)
         return self._means[place][0]
+
+    def block_moments(self, name: str, layout: BlockLayout) -> tuple[torch.Tensor, torch.Tensor]:
+        """`block_mean`, kept for those who ask for it later, and the mean squared norm of every block's real tokens,
+        float32 (B, H, blocks), from the same reading; args as there."""
+        x = getattr(self, name)
+        mean, squares = pool_moments(x, layout, mask=None if name == "query" else self.key_mask)
+        self._means[name, id(x), id(layout)] = (mean, x, layout)
+        return mean, squares
 
     def head_index(self, heads: tuple[int, ...]) -> torch.Tensor:
         """int64 (heads,) on the call's device, made once."""

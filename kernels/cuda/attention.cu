@@ -10,13 +10,23 @@
 // together. PERMUTED, queries and outputs go through an index. FP16, the type of the activations, else bfloat16.
 #include "producer.cuh"
 
+// Where the source waits for the output of the block before: ahead of the exponentials, or after them. Wherever it
+// stands the assembler puts some exponentials on either side, but not the same; chosen as measured.
+constexpr bool EARLY = PERMUTED || WIDTH == 64;
+
+// An operand 16 * `steps` bytes further on. Through an index the compiler has too few registers left to add up the
+// halves of the queries' operand before the loop; addresses carry nothing into the upper half, which it does not know.
+__device__ __forceinline__ uint64 further(uint64 operand, uint32 steps) {
+    return PERMUTED ? operand >> 32 << 32 | static_cast<uint32>(static_cast<uint32>(operand) + steps) : operand + steps;
+}
+
 // Scores of 64 queries and one block of keys, started.
 __device__ __forceinline__ void start_scores(float (&score)[KEYS / 2], uint64 query, int stage) {
     const uint64 key = operand(shared_address(memory) + RING, 0, 1024) + stage * (BLOCK_BYTES / 16);
 #pragma unroll
     for (int k = 0; k < WIDTH / 16; k++) {
         const int step = (k / 4 * HALF_BYTES + k % 4 * 32) / 16;
-        wgmma_shared(score, query + step, key + step, k > 0);
+        wgmma_shared(score, further(query, step), key + step, k > 0);
     }
     wgmma_commit();
 }
@@ -29,12 +39,13 @@ __device__ __forceinline__ void start_output(float (&out)[WIDTH / 2], const uint
     wgmma_commit();
 }
 
-// -inf for what lies beyond the keys of a short block.
+// -inf for what lies beyond the keys of short blocks.
 __device__ __forceinline__ void cut(float (&score)[KEYS / 2], int length, int lane) {
-    const int left = length - lane % 4 * 2;
+    const int left = (PARTS == 1 ? length : length & 0xFFFF) - lane % 4 * 2;
+    const int left_of_second = KEY_BLOCK + (length >> 16) - lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < KEYS / 2; i++)
-        if (i / 4 * 8 + i % 2 >= left) score[i] = -INFINITY_;
+        if (i / 4 * 8 + i % 2 >= (i / 4 * 8 < KEY_BLOCK ? left : left_of_second)) score[i] = -INFINITY_;
 }
 
 // What a thread knows of its two rows: the number that scores are measured from, and its part of the sum of weights.
@@ -87,9 +98,10 @@ __device__ __forceinline__ void pack_all(uint32 (&weight)[KEYS / 4], const float
     for (int i = 0; i < KEYS / 4; i++) weight[i] = pack(score[2 * i], score[2 * i + 1]);
 }
 
-// Scores become weights; shrink: what multiplies the sums before.
+// The rows' largest scores become the new base; shrink: what multiplies the sums before.
 template <bool TESTED>
-__device__ __forceinline__ void soften(float (&score)[KEYS / 2], Rows& rows, float (&shrink)[2], float scale_log2) {
+__device__ __forceinline__ void shift(const float (&score)[KEYS / 2], Rows& rows, float (&shrink)[2],
+                                      float scale_log2) {
     float top[2];
     largest(score, rows, top);
 #pragma unroll
@@ -99,8 +111,6 @@ __device__ __forceinline__ void soften(float (&score)[KEYS / 2], Rows& rows, flo
         rows.base[u] = top[u];
         rows.sum[u] *= shrink[u];
     }
-    weigh<TESTED>(score, rows, scale_log2);
-    pin(score);
 }
 
 __device__ __forceinline__ void scale_rows(float (&out)[WIDTH / 2], const float (&shrink)[2]) {
@@ -108,13 +118,11 @@ __device__ __forceinline__ void scale_rows(float (&out)[WIDTH / 2], const float 
     for (int i = 0; i < WIDTH / 2; i++) out[i] *= shrink[i / 2 % 2];
 }
 
-// Gives a place of the ring back: every warp says that it has read it.
-__device__ __forceinline__ void give_back(int stage, int lane) {
-    if (lane == 0) mbarrier_arrive(shared_address(&shared().free[stage]));
-}
-
-__device__ __forceinline__ void await(Place place) {
-    mbarrier_wait(shared_address(&shared().ready[place.stage]), place.phase);
+// Waits for the output of the block whose values are at `stage`.
+__device__ __forceinline__ void take_output(float (&out)[WIDTH / 2], int stage, int lane) {
+    wgmma_wait<0>();
+    pin(out);
+    give_back(stage, lane);
 }
 
 // Scores and softmax of the block at `place`, output of the block before it.
@@ -137,29 +145,30 @@ __device__ __forceinline__ void step(float (&score)[KEYS / 2], float (&out)[WIDT
         const int length = shared().lengths[key.stage];
         __syncwarp();  // all lanes have read it
         give_back(key.stage, lane);
-        if (length < KEYS) cut(score, length, lane);
+        if (length != FULL) cut(score, length, lane);
     } else {
         give_back(key.stage, lane);
     }
     float shrink[2];
-    soften<TESTED>(score, rows, shrink, scale_log2);
-    wgmma_wait<0>();
-    pin(out);
-    give_back(value.stage, lane);
+    shift<TESTED>(score, rows, shrink, scale_log2);
+    if (EARLY) take_output(out, value.stage, lane);
+    weigh<TESTED>(score, rows, scale_log2);
+    if (!EARLY) {
+        pin(score);
+        take_output(out, value.stage, lane);
+    }
     scale_rows(out, shrink);
     pack_all(weight, score);
 }
 
-// Writes 16 queries of a warp, in shared memory at `source`, row by row through the index.
-__device__ __forceinline__ void scatter(const Arguments& arguments, const Tile& here, uint32 source, int first,
-                                        int lane) {
+// Writes 16 queries of a warp, in shared memory at `source`, row by row where their tokens are.
+__device__ __forceinline__ void scatter(const Arguments& arguments, const Tile& here, uint32 source,
+                                        const int32* tokens, int lane) {
     constexpr int PIECES = WIDTH / 8, ROWS = 32 / PIECES;
     const int piece = lane % PIECES;
-    const int64* index =
-        arguments.index + here.batch * arguments.index_b + here.head * arguments.index_h + here.block * QUERIES + first;
 #pragma unroll
     for (int row = lane / PIECES; row < 16; row += ROWS) {
-        const int64 token = index[row];
+        const int token = tokens[row];
         const uint4 numbers = load_16(source + piece / 8 * HALF_BYTES + row * 128 + (piece % 8 ^ row % 8) * 16);
         const int64 target = (here.batch * static_cast<int64>(arguments.tokens) + token) * arguments.heads + here.head;
         if (token >= 0 && piece * 8 < arguments.value_dim)
@@ -180,8 +189,8 @@ __device__ __forceinline__ void finish(const Arguments& arguments, const Tile& h
         const bool empty = sum == 0.0f;
         factor[u] = empty ? 0.0f : 1.0f / sum;
         const float lse = empty ? -INFINITY_ : (rows.base[u] * arguments.scale_log2 + __log2f(sum)) * LN_2;
-        int64 token = here.block * QUERIES + warp * 16 + lane / 4 + 8 * u;
-        if (PERMUTED) token = arguments.index[here.batch * arguments.index_b + here.head * arguments.index_h + token];
+        const int place = warp * 16 + lane / 4 + 8 * u;
+        const int token = PERMUTED ? shared().tokens[slot][place] : here.block * QUERIES + place;
         if (lane % 4 == 0 && token >= 0 && token < arguments.tokens)
             arguments.lse[(static_cast<int64>(here.batch) * arguments.heads + here.head) * arguments.tokens + token] =
                 lse;
@@ -197,7 +206,7 @@ __device__ __forceinline__ void finish(const Arguments& arguments, const Tile& h
     }
     if (PERMUTED) {
         __syncwarp();
-        scatter(arguments, here, target, warp * 16, lane);
+        scatter(arguments, here, target, shared().tokens[slot] + warp * 16, lane);
     } else {
         fence_async_shared();
         __syncwarp();
@@ -239,7 +248,7 @@ __device__ __forceinline__ void consume(const Arguments& arguments, int group, i
             __syncwarp();
             give_back(place.stage, lane);
             place.next();
-            if (length < KEYS) cut(score, length, lane);
+            if (length != FULL) cut(score, length, lane);
             largest(score, rows, rows.base);
             weigh<true>(score, rows, scale_log2);
             pack_all(weight, score);
@@ -260,9 +269,7 @@ __device__ __forceinline__ void consume(const Arguments& arguments, int group, i
             await(place);
             wgmma_fence();
             start_output(out, weight, place.stage);
-            wgmma_wait<0>();
-            pin(out);
-            give_back(place.stage, lane);
+            take_output(out, place.stage, lane);
             place.next();
         }
         // The output leaves through the queries' memory, which all warps of the group have read.
@@ -288,7 +295,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
             mbarrier_init(shared_address(&shared().query_ready[i]), PERMUTED ? 32 * GATHER_WARPS : 1);
             mbarrier_init(shared_address(&shared().query_free[i]), CONSUMER_WARPS);
             mbarrier_init(shared_address(&shared().tile_ready[i]), 1);
-            mbarrier_init(shared_address(&shared().tile_free[i]), CONSUMER_WARPS + 1 + (PERMUTED ? GATHER_WARPS : 0));
+            mbarrier_init(shared_address(&shared().tile_free[i]),
+                          CONSUMER_WARPS + 1 + TWO_PRODUCERS + (PERMUTED ? GATHER_WARPS : 0));
         }
         fence_barrier_init();
         prefetch_map(&arguments.key);
@@ -302,9 +310,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
     if (warp < 4) {
         fewer_registers<PRODUCER_REGISTERS>();
         if (warp == 0)
-            produce(arguments, lane);
+            produce<true, !TWO_PRODUCERS>(arguments, lane);
         else if (warp == 1)
             schedule(arguments, lane);
+        else if (TWO_PRODUCERS && warp == 3)
+            produce<false>(arguments, lane);
         else if (PERMUTED)
             gather(arguments, warp - 2, lane);
     } else {

@@ -138,6 +138,12 @@ __device__ __forceinline__ void pin(float (&x)[N]) {
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(x[i])::"memory");
 }
 
+template <int N>
+__device__ __forceinline__ void pin(int32 (&x)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+r"(x[i])::"memory");
+}
+
 #ifdef FP16
 #define ELEMENT "f16"
 #else
@@ -146,6 +152,8 @@ __device__ __forceinline__ void pin(float (&x)[N]) {
 
 #define F4(x, i) "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3])
 #define F16(x, i) F4(x, i), F4(x, i + 4), F4(x, i + 8), F4(x, i + 12)
+#define I4(x, i) "+r"(x[i]), "+r"(x[i + 1]), "+r"(x[i + 2]), "+r"(x[i + 3])
+#define I16(x, i) I4(x, i), I4(x, i + 4), I4(x, i + 8), I4(x, i + 12)
 #define REGISTERS_32 \
     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29," \
     "%30,%31}"
@@ -186,6 +194,35 @@ __device__ __forceinline__ void wgmma_transposed(float (&d)[32], const uint32* a
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
 
+// 8-bit numbers: 32 of them along k, all operands K-major. In registers, byte v of a[u + 2 w] is of the row above and
+// column 16 w + 4 (t % 4) + v.
+
+// d (64 x 128) = [d +] a b in e4m3, both in shared memory.
+__device__ __forceinline__ void wgmma_shared_8(float (&d)[64], uint64 a, uint64 b, int add) {
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 " REGISTERS_64 ", %64, %65, add, 1, 1;\n}\n"
+        : F16(d, 0), F16(d, 16), F16(d, 32), F16(d, 48) : "l"(a), "l"(b), "r"(add));
+}
+
+// The same of signed integers.
+__device__ __forceinline__ void wgmma_shared_8(int32 (&d)[64], uint64 a, uint64 b, int add) {
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 " REGISTERS_64 ", %64, %65, add;\n}\n"
+        : I16(d, 0), I16(d, 16), I16(d, 32), I16(d, 48) : "l"(a), "l"(b), "r"(add));
+}
+
+// d (64 x 128) = [d +] a b in e4m3, a in registers, b in shared memory.
+__device__ __forceinline__ void wgmma_registers_8(float (&d)[64], const uint32* a, uint64 b, int add) {
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 " REGISTERS_64
+        ", {%64,%65,%66,%67}, %68, add, 1, 1;\n}\n"
+        : F16(d, 0), F16(d, 16), F16(d, 32), F16(d, 48)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+
 // ---- Registers ------------------------------------------------------------------------------------------------------
 
 template <int N>
@@ -209,6 +246,15 @@ __device__ __forceinline__ uint32 pack(float low, float high) {
     uint32 both;
     asm("cvt.rn." ELEMENT "x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
     return both;
+}
+
+// Four numbers in e4m3, the first in the lowest byte; beyond 448 they become 448, NaN stays NaN.
+__device__ __forceinline__ uint32 pack_8(float first, float second, float third, float fourth) {
+    uint32 word;
+    asm("{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\nmov.b32 %0, {low, high};\n}\n"
+        : "=r"(word) : "f"(first), "f"(second), "f"(third), "f"(fourth));
+    return word;
 }
 
 // Four 8 x 8 matrices of 16 bits from registers to rows of 16 bytes; lane l says where row l % 8 of matrix l / 8

@@ -1,16 +1,29 @@
-// What the roles of the kernel in attention.cu share, and the producer's warps.
+// What the roles of the kernels in attention.cu and attention_fp8.cu share, and the producer's warps.
 #pragma once
 #include "common.cuh"
 
 constexpr int QUERIES = 128;                   // of a tile
-constexpr int KEYS = 128;                      // of a block
+constexpr int KEYS = 128;                      // that are computed together
+#ifndef KEY_BLOCK
+#define KEY_BLOCK 128                          // keys of a listed block
+#endif
+constexpr int PARTS = KEYS / KEY_BLOCK;        // listed blocks that are computed together
+static_assert(PARTS == 1 || PARTS == 2, "blocks of 128 or 64 keys");
+constexpr int FULL = PARTS == 1 ? KEYS : KEY_BLOCK << 16 | KEY_BLOCK;  // length of blocks without padding
 constexpr int THREADS = 384;
-constexpr int HALVES = WIDTH / 64;             // a row of shared memory holds 64 numbers
-constexpr uint32 HALF_BYTES = 128 * 128;       // 64 numbers of each of the queries, or keys
+#ifdef EIGHT_BITS
+constexpr bool IN_8_BITS = true;
+#else
+constexpr bool IN_8_BITS = false;
+#endif
+constexpr int ROW = IN_8_BITS ? 128 : 64;      // numbers that a row of shared memory holds
+constexpr int HALVES = WIDTH / ROW;
+constexpr uint32 HALF_BYTES = 128 * 128;       // a row of each of the queries, or keys
 constexpr uint32 BLOCK_BYTES = HALVES * HALF_BYTES;
 constexpr int SLOTS = 2;                       // tiles that are known at a time: the present and the next
 constexpr int CONSUMER_WARPS = 8;
-constexpr int GATHER_WARPS = 2;
+constexpr bool TWO_PRODUCERS = PARTS == 2;     // a warp for keys and one for values
+constexpr int GATHER_WARPS = TWO_PRODUCERS ? 1 : 2;
 constexpr int CONSUMER_REGISTERS = 232;
 constexpr int PRODUCER_REGISTERS = 40;
 constexpr float LN_2 = 0.6931471805599453f;
@@ -31,21 +44,32 @@ struct Arguments {
     int64 list_b, list_h, list_q, count_b, count_h, count_q, index_b, index_h, query_b, query_n, query_h;
     int32 heads, tokens, query_blocks, tiles, head_dim, value_dim;
     float scale_log2;
+#ifdef EIGHT_BITS                      // query, key over slots instead of tokens, value over (slots, D, heads, batch)
+    int32 key_blocks;
+    const float* query_scale;          // (batch, heads, query_blocks)
+    const float* key_scale;            // (batch, heads, key_blocks)
+    const float* value_scale;          // (batch, heads, value_dim)
+    const float* shift;                // (batch, heads, query slots), added to the log-sum-exp
+#endif
 };
 
 static_assert(sizeof(Arguments) == ARGUMENT_BYTES, "the launcher's structure is another one");
 
 // A tile, written by the scheduler warp for all others.
 struct Tile {
-    int32 batch, head, block, whole, real;  // real: listed blocks, -1: no tile is left
+    int32 batch, head, block, listed_blocks;
+    int32 whole, real;                      // steps of `PARTS` blocks: without a test, and all; -1: no tile is left
     int32 listed[32], lengths[32];          // the first of them
+    float factors[32];                      // of their scores, in 8 bits
 };
 
 struct Shared {
     uint64 ready[STAGES], free[STAGES];
     uint64 query_ready[SLOTS], query_free[SLOTS];
     uint64 tile_ready[SLOTS], tile_free[SLOTS];
-    int32 lengths[STAGES];  // keys of the blocks in the ring
+    int32 lengths[STAGES];  // keys of the blocks in the ring, of the second one above 16 bits
+    float factors[STAGES];  // and of their scores, in 8 bits
+    int32 tokens[SLOTS][QUERIES];  // of the queries, -1 for padding; only with an index
     Tile tiles[SLOTS];
 };
 
@@ -75,7 +99,28 @@ __device__ __forceinline__ const Tile& await_tile(int slot, uint32 phase) {
     return shared().tiles[slot];
 }
 
+// Waits for the keys or values at a place of the ring.
+__device__ __forceinline__ void await(Place place) {
+    mbarrier_wait(shared_address(&shared().ready[place.stage]), place.phase);
+}
+
+// Gives a place of the ring back: every warp says that it has read it.
+__device__ __forceinline__ void give_back(int stage, int lane) {
+    if (lane == 0) mbarrier_arrive(shared_address(&shared().free[stage]));
+}
+
 // ---- The producer's warps -------------------------------------------------------------------------------------------
+
+// What scores of a query block with a key block are multiplied by. 8-bit numbers have a scale per block.
+__device__ __forceinline__ float factor_of(const Arguments& arguments, int batch, int head, int block, int listed) {
+#ifdef EIGHT_BITS
+    const int64 row = static_cast<int64>(batch) * arguments.heads + head;
+    return arguments.scale_log2 * arguments.query_scale[row * arguments.query_blocks + block] *
+           arguments.key_scale[row * arguments.key_blocks + listed];
+#else
+    return arguments.scale_log2;
+#endif
+}
 
 // Writes the tiles of this program, one ahead of the consumers.
 __device__ __forceinline__ void schedule(const Arguments& arguments, int lane) {
@@ -98,12 +143,14 @@ __device__ __forceinline__ void schedule(const Arguments& arguments, int lane) {
             const int listed = lane < real ? list[lane] : 0;
             here.listed[lane] = listed;
             here.lengths[lane] = lane < real ? arguments.key_lengths[listed] : 0;
+            if (IN_8_BITS) here.factors[lane] = lane < real ? factor_of(arguments, batch, head, block, listed) : 0.0f;
             if (lane == 0) {
                 here.batch = batch;
                 here.head = head;
                 here.block = block;
-                here.whole = whole;
-                here.real = real;
+                here.listed_blocks = real;
+                here.whole = whole / PARTS;
+                here.real = (real + PARTS - 1) / PARTS;
             }
         } else if (lane == 0) {
             here.real = -1;
@@ -120,20 +167,38 @@ __device__ __forceinline__ void schedule(const Arguments& arguments, int lane) {
     }
 }
 
-// Starts the copy of one block into the ring.
-__device__ __forceinline__ void copy_block(const TensorMap* map, Place place, int row, int head, int batch,
-                                           int length) {
+// Where the blocks of a step begin.
+struct Begin {
+    int first, second;
+};
+
+// Starts the copy of one step's blocks into the ring; c0, c1: where they begin in the map.
+__device__ __forceinline__ void copy_block(const TensorMap* map, Place place, int c0, Begin c1, int head, int batch,
+                                           int length, float factor) {
     const uint32 barrier = shared_address(&shared().ready[place.stage]);
     const uint32 target = shared_address(memory) + RING + place.stage * BLOCK_BYTES;
     mbarrier_wait(shared_address(&shared().free[place.stage]), place.phase ^ 1);
     shared().lengths[place.stage] = length;
+    if (IN_8_BITS) shared().factors[place.stage] = factor;
     mbarrier_expect(barrier, BLOCK_BYTES);
 #pragma unroll
-    for (int half = 0; half < HALVES; half++)
-        bulk_load(target + half * HALF_BYTES, map, barrier, half * 64, row, head, batch);
+    for (int half = 0; half < HALVES; half++) {
+        bulk_load(target + half * HALF_BYTES, map, barrier, c0 + half * ROW, c1.first, head, batch);
+        if (PARTS == 2)
+            bulk_load(target + half * HALF_BYTES + HALF_BYTES / 2, map, barrier, c0 + half * ROW, c1.second, head,
+                      batch);
+    }
 }
 
-// Copies keys and values, in the order in which they are used: keys 0, keys 1, values 0, keys 2, values 1, ...
+// The same of a block of values, which lie along their channels in 8 bits.
+__device__ __forceinline__ void copy_values(const Arguments& arguments, Place place, Begin row, int head,
+                                            int batch) {
+    copy_block(&arguments.value, place, IN_8_BITS ? row.first : 0, IN_8_BITS ? Begin{0, 0} : row, head, batch, 0, 0.0f);
+}
+
+// Copies keys and values, or one of them, in the order in which they are used: keys 0, keys 1, values 0, keys 2,
+// values 1, ...
+template <bool KEYS_TOO = true, bool VALUES_TOO = true>
 __device__ __forceinline__ void produce(const Arguments& arguments, int lane) {
     Place place = {0, 0};
     for (uint32 round = 0;; round++) {
@@ -141,59 +206,72 @@ __device__ __forceinline__ void produce(const Arguments& arguments, int lane) {
         const uint32 phase = round / SLOTS & 1;
         const Tile& here = await_tile(slot, phase);
         const int real = here.real, batch = here.batch, head = here.head, block = here.block;
+        const int blocks = here.listed_blocks;
         if (real < 0) return;
         // 32 entries of the list at a time, one per lane, the next ones on their way.
         int listed = here.listed[lane], length = here.lengths[lane], next_listed = 0, next_length = 0;
+        float factor = IN_8_BITS ? here.factors[lane] : 0.0f, next_factor = 0.0f;
         const int32* list =
             arguments.lists + batch * arguments.list_b + head * arguments.list_h + block * arguments.list_q;
         __syncwarp();
         if (lane == 0) {
             mbarrier_arrive(shared_address(&shared().tile_free[slot]));
-            if (!PERMUTED) {
+            if (!PERMUTED && KEYS_TOO) {
                 const uint32 barrier = shared_address(&shared().query_ready[slot]);
                 mbarrier_wait(shared_address(&shared().query_free[slot]), phase ^ 1);
                 mbarrier_expect(barrier, BLOCK_BYTES);
 #pragma unroll
                 for (int half = 0; half < HALVES; half++)
                     bulk_load(shared_address(memory) + slot * BLOCK_BYTES + half * HALF_BYTES, &arguments.query,
-                              barrier, half * 64, block * QUERIES, head, batch);
+                              barrier, half * ROW, block * QUERIES, head, batch);
             }
         }
-        int previous = 0;
+        Begin previous = {0, 0};
 #pragma unroll 1
-        for (int i = 0; i < real; i++) {
+        for (int i = 0; i < blocks; i += PARTS) {
             if (i % 32 == 0) {
                 if (i) {
                     listed = next_listed;
                     length = next_length;
+                    factor = next_factor;
                 }
-                next_listed = i + 32 + lane < real ? list[i + 32 + lane] : 0;
+                next_listed = i + 32 + lane < blocks ? list[i + 32 + lane] : 0;
             }
             if (i % 32 == 16) next_length = arguments.key_lengths[next_listed];
-            const int row = __shfl_sync(0xFFFFFFFF, listed, i % 32) * KEYS;
-            const int found_length = __shfl_sync(0xFFFFFFFF, length, i % 32);
+            if (IN_8_BITS && i % 32 == 16) next_factor = factor_of(arguments, batch, head, block, next_listed);
+            Begin row = {__shfl_sync(0xFFFFFFFF, listed, i % 32) * KEY_BLOCK, 0};
+            int found_length = __shfl_sync(0xFFFFFFFF, length, i % 32);
+            if (PARTS == 2) {
+                // A block without a second one stands in for it, with no key.
+                const int second = __shfl_sync(0xFFFFFFFF, listed, (i + 1) % 32) * KEY_BLOCK;
+                const int second_length = __shfl_sync(0xFFFFFFFF, length, (i + 1) % 32);
+                row.second = i + 1 < blocks ? second : row.first;
+                found_length |= i + 1 < blocks ? second_length << 16 : 0;
+            }
+            const float found_factor = IN_8_BITS ? __shfl_sync(0xFFFFFFFF, factor, i % 32) : 0.0f;
             if (lane == 0) {
-                copy_block(&arguments.key, place, row, head, batch, found_length);
+                if (KEYS_TOO) copy_block(&arguments.key, place, 0, row, head, batch, found_length, found_factor);
                 place.next();
                 if (i) {
-                    copy_block(&arguments.value, place, previous, head, batch, 0);
+                    if (VALUES_TOO) copy_values(arguments, place, previous, head, batch);
                     place.next();
                 }
                 previous = row;
             }
         }
         if (lane == 0 && real) {
-            copy_block(&arguments.value, place, previous, head, batch, 0);
+            if (VALUES_TOO) copy_values(arguments, place, previous, head, batch);
             place.next();
         }
         __syncwarp();
     }
 }
 
-// Reads the queries of the tiles through the index: 64 rows by each of two warps.
+// Reads the queries of the tiles through the index: their rows are shared out among the warps.
 __device__ __forceinline__ void gather(const Arguments& arguments, int part, int lane) {
     constexpr int PIECES = WIDTH / 8;           // of 16 bytes in a row
     constexpr int ROWS = 32 / PIECES;           // rows at a time
+    constexpr int SHARE = QUERIES / GATHER_WARPS;
     for (uint32 round = 0;; round++) {
         const int slot = round % SLOTS;
         const uint32 phase = round / SLOTS & 1;
@@ -205,15 +283,20 @@ __device__ __forceinline__ void gather(const Arguments& arguments, int part, int
         mbarrier_wait(shared_address(&shared().query_free[slot]), phase ^ 1);
         const int piece = lane % PIECES;
         const int64* index =
-            arguments.index + batch * arguments.index_b + head * arguments.index_h + block * QUERIES + part * 64;
+            arguments.index + batch * arguments.index_b + head * arguments.index_h + block * QUERIES + part * SHARE;
+        // The consumers need them too, at the tile's end.
+        int32* tokens = shared().tokens[slot] + part * SHARE;
+#pragma unroll
+        for (int row = lane; row < SHARE; row += 32) tokens[row] = static_cast<int32>(index[row]);
+        __syncwarp();
         const char* source =
             arguments.query_rows + (batch * arguments.query_b + head * arguments.query_h) * 2 + piece * 16;
         const uint32 target = shared_address(memory) + slot * BLOCK_BYTES + piece / 8 * HALF_BYTES;
 #pragma unroll 4
-        for (int row = lane / PIECES; row < 64; row += ROWS) {
-            const int64 token = index[row];  // -1 is padding
+        for (int row = lane / PIECES; row < SHARE; row += ROWS) {
+            const int64 token = tokens[row];
             const bool real_number = token >= 0 && piece * 8 < arguments.head_dim;
-            const int place = part * 64 + row;
+            const int place = part * SHARE + row;
             copy_16(target + place * 128 + (piece % 8 ^ place % 8) * 16,
                     source + (real_number ? token * arguments.query_n * 2 : -piece * 16), real_number ? 16 : 0);
         }

@@ -17,9 +17,10 @@ import torch
 from dit_sparse import order
 from dit_sparse.blockmask import BlockLayout, BlockMask
 from dit_sparse.grid import TokenGrid
-from dit_sparse.kernels import fp8, hopper_plan, quantise
+from dit_sparse.kernels import fp8, hopper_plan, nvrtc, quantise
 from dit_sparse.kernels.blocks import Blocks
 from dit_sparse.kernels.reference import attention_reference
+from tests.gpu import random_cases
 from tests.gpu.checks import poisoned
 from tests.kernels.cases import Case, Inputs, build
 from tests.kernels.fp8_rule import formula_problem, kernel_problem, noise_bound, noise_figures, rounding_noise
@@ -43,16 +44,26 @@ def quantised_of(inputs: Inputs, blocks: Blocks, scores: str) -> tuple[quantise.
     return quantise.quantise(inputs.query, inputs.key, inputs.value, blocks, inputs.scale, plan.key_ok, scores), plan
 
 
-def accuracy(inputs: Inputs, scores: str, stages: int = fp8.STAGES, fresh: bool = True) -> str:
-    """The kernel keeps both accuracy rules, with NaN in all fresh memory."""
+def in_cuda(case: Case) -> bool:
+    """Whether the kernel in CUDA C++ runs a case."""
+    return not (case.window or case.masked) and max(case.head_dim, case.value_dim) > 64
+
+
+def accuracy(inputs: Inputs, scores: str, cuda: bool = False, **options: Any) -> str:
+    """The kernel keeps both accuracy rules, with NaN in all fresh memory.
+
+    Args:
+        cuda: the kernel in CUDA C++, not the one in Gluon.
+        options: of the one in Gluon.
+    """
     blocks = Blocks.from_mask(inputs.mask, inputs.key_mask)
     with poisoned():
         quantised, plan = quantised_of(inputs, blocks, scores)
-        out, lse = fp8.attend(quantised, blocks, plan, inputs.scale, inputs.query.shape[1], inputs.query.dtype,
-                              stages=stages, fresh=fresh)
+        call = quantised, blocks, plan, inputs.scale, inputs.query.shape[1], inputs.query.dtype
+        out, lse = fp8.attend(*call, cuda=True) if cuda else fp8.attend_gluon(*call, **options)
         entry = fp8.block_sparse_attention_fp8(inputs.query, inputs.key, inputs.value, blocks, inputs.scale,
-                                               scores=scores)
-    if fresh and stages == fp8.STAGES and not (torch.equal(out, entry[0]) and torch.equal(lse, entry[1])):
+                                               scores=scores, cuda=cuda)
+    if not options and not (torch.equal(out, entry[0]) and torch.equal(lse, entry[1])):
         return "the entry point computes something else"
     return kernel_problem(inputs, out, lse, quantised) or formula_problem(inputs, lse, quantised)
 
@@ -93,7 +104,7 @@ def first_difference(got: torch.Tensor, want: torch.Tensor) -> str:
             f"{len((places[:, -1] % 128).unique())}; at {first} {float(got[first]):.5g} for {float(want[first]):.5g}")
 
 
-def noise(kind: str, scores: str, fresh: bool = True) -> str:
+def noise(kind: str, scores: str, cuda: bool = False) -> str:
     """Error and cosine on noise of 8,192 tokens: white, keys with a large mean, or outlier channels."""
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 1, 8192, 2, 128, device="cuda").unbind(0)
@@ -106,7 +117,7 @@ def noise(kind: str, scores: str, fresh: bool = True) -> str:
     inputs = Inputs(query, key, value, BlockMask.full(layout, layout), None, 128**-0.5)
     blocks = Blocks.from_mask(inputs.mask)
     quantised, plan = quantised_of(inputs, blocks, scores)
-    out, _ = fp8.attend(quantised, blocks, plan, inputs.scale, 8192, BF16, fresh=fresh)
+    out, _ = fp8.attend(quantised, blocks, plan, inputs.scale, 8192, BF16, cuda=cuda)
     want, _ = attention_reference(query, key, value)
     # Channel by channel, or the largest would hide all others; 512 queries are enough to see the error.
     rows = slice(-512, None)
@@ -120,24 +131,26 @@ def noise(kind: str, scores: str, fresh: bool = True) -> str:
     return "; ".join(found)
 
 
-def tiles(sizes: tuple[int, int, int], text: int, scores: str) -> str:
+def tiles(sizes: tuple[int, int, int], text: int, scores: str, cuda: bool = False) -> str:
     """Tiles of 4 x 4 x 8 tokens of a grid, ragged or not, with text."""
     grid = TokenGrid(*sizes, text=text, text_at="back" if text else "none")
     positions, lengths = order.tile(grid, (4, 4, 8))
     layout = order.layout(grid, positions, 128, lengths=lengths, tile_shape=(4, 4, 8), device="cuda")
     keep = torch.rand(1, 3, layout.blocks, layout.blocks, generator=torch.Generator().manual_seed(0)).to("cuda") < 0.4
     query, key, value = (torch.randn(2, grid.tokens, 3, 128, device="cuda", dtype=BF16) for _ in range(3))
-    return accuracy(Inputs(query, key, value, BlockMask.from_dense(keep, layout, layout), None, 128**-0.5), scores)
+    return accuracy(Inputs(query, key, value, BlockMask.from_dense(keep, layout, layout), None, 128**-0.5), scores,
+                    cuda)
 
 
-def not_finite(scores: str) -> str:
+def not_finite(scores: str, cuda: bool = False) -> str:
     """What a model did wrong is seen: where a query, a key or a value is infinite or NaN, outputs are not finite."""
     found = []
     for name, number in itertools.product(("query", "key", "value"), (math.inf, math.nan)):
         inputs = build(dataclasses.replace(FITS, heads=2), "cuda")
         getattr(inputs, name)[0, 60, 1, 5] = number
         out, _ = fp8.block_sparse_attention_fp8(inputs.query, inputs.key, inputs.value,
-                                                Blocks.from_mask(inputs.mask), inputs.scale, scores=scores)
+                                                Blocks.from_mask(inputs.mask), inputs.scale, scores=scores,
+                                                cuda=cuda)
         # The first block of queries sees all keys.
         rows = slice(60, 61) if name == "query" else slice(0, 128)
         channels = slice(5, 6) if name == "value" else slice(None)
@@ -148,9 +161,9 @@ def not_finite(scores: str) -> str:
     return "; ".join(found)
 
 
-def never_waits_and_repeats(scores: str) -> str:
+def never_waits_and_repeats(scores: str, cuda: bool = False) -> str:
     """No call waits for the device, and repeated calls give equal bits."""
-    for case in (FITS, dataclasses.replace(FITS, order="heads", masked=True, batch=2)):
+    for case in (FITS, dataclasses.replace(FITS, order="heads", masked=not cuda, batch=2)):
         inputs = build(case, "cuda")
         blocks = Blocks.from_mask(inputs.mask, inputs.key_mask)
         first: tuple[torch.Tensor, ...] = ()
@@ -158,7 +171,7 @@ def never_waits_and_repeats(scores: str) -> str:
             torch.cuda.set_sync_debug_mode("error" if i else "default")
             try:
                 now = fp8.block_sparse_attention_fp8(inputs.query, inputs.key, inputs.value, blocks, inputs.scale,
-                                                     scores=scores)
+                                                     scores=scores, cuda=cuda)
             except RuntimeError as error:
                 return f"{case.name}: {str(error).splitlines()[0]}"
             finally:
@@ -169,18 +182,49 @@ def never_waits_and_repeats(scores: str) -> str:
     return ""
 
 
-def addresses_beyond_32_bits(scores: str) -> str:
+def addresses_beyond_32_bits(scores: str, cuda: bool = False) -> str:
     """Activations of more than 2^31 elements: the last head of the last tokens is right."""
     tokens, heads, dim = 75_600, 240, 128
     query, key, value = (torch.randn(1, tokens, heads, dim, device="cuda", dtype=BF16) for _ in range(3))
     layout = BlockLayout.raster(tokens, 128, "cuda")
     block = torch.arange(layout.blocks, device="cuda")
     mask = BlockMask.from_dense((block[:, None] - block).abs() <= 1, layout, layout)
-    out, _ = fp8.block_sparse_attention_fp8(query, key, value, Blocks.from_mask(mask), dim**-0.5, scores=scores)
+    out, _ = fp8.block_sparse_attention_fp8(query, key, value, Blocks.from_mask(mask), dim**-0.5, scores=scores,
+                                            cuda=cuda)
     last = tokens // 128 * 128
     want, _ = attention_reference(query[:, last:, -1:], key[:, last - 128 :, -1:], value[:, last - 128 :, -1:])
     error, _ = noise_figures(out[:, last:, -1:], want)
     return "" if error < noise_bound(1.1) else f"error {error:.3f}"
+
+
+def random_calls(scores: str, part: int, calls: int = 25) -> str:
+    """Random calls of the kernel in CUDA C++: raster, permuted and tiles, short blocks and empty lists, any strides."""
+    kinds = [i for i, kind in enumerate(random_cases.KINDS)
+             if kind.head_dim > 64 and kind.key_block == 128 and not (kind.window or kind.masked)]
+    for kind in kinds:
+        for i in range(calls):
+            seed = kind + len(random_cases.KINDS) * (part * calls + i)
+            drawn = random_cases.draw(seed, "cuda", 900)
+            if problem := accuracy(drawn.inputs, scores, cuda=True):
+                return f"seed {seed} ({drawn.kind.name}): {problem}"
+    return ""
+
+
+def repeats_with_many_tiles(scores: str) -> str:
+    """Five hundred calls of the kernel in CUDA C++ give equal bits, raster and permuted."""
+    many = dataclasses.replace(FITS, query_tokens=2047, key_tokens=2047, heads=12)
+    for case in (many, dataclasses.replace(many, order="heads")):
+        inputs = build(case, "cuda")
+        blocks = Blocks.from_mask(inputs.mask)
+        quantised, plan = quantised_of(inputs, blocks, scores)
+        call = partial(fp8.attend, quantised, blocks, plan, inputs.scale, 2047, BF16, cuda=True)
+        first, differing = call(), torch.zeros((), dtype=torch.int64, device="cuda")
+        for _ in range(499):
+            differing += sum((a.view(kind) != b.view(kind)).sum() for a, b, kind in zip(
+                first, call(), (torch.int16, torch.int32), strict=True))
+        if differing.item():
+            return f"{case.name}: {differing.item()} numbers of 499 repeats differ"
+    return ""
 
 
 def all_checks() -> dict[str, Callable[[], str]]:
@@ -200,6 +244,25 @@ def all_checks() -> dict[str, Callable[[], str]]:
             found[f"{scores} tiles {sizes} text {text}"] = partial(tiles, sizes, text, scores)
         for check in (not_finite, never_waits_and_repeats, addresses_beyond_32_bits):
             found[f"{scores} {check.__name__.replace('_', ' ')}"] = partial(check, scores)
+    return found | (cuda_checks() if not nvrtc.missing() else {})
+
+
+def cuda_checks() -> dict[str, Callable[[], str]]:
+    """Those of the kernel in CUDA C++: the same as far as it runs them, and random calls."""
+    found: dict[str, Callable[[], str]] = {}
+    for scores in quantise.SCORES:
+        name = f"cuda {scores}"
+        for case in filter(in_cuda, CASES):
+            found[f"{name} attention {case.name}"] = partial(_built_accuracy, case, scores, cuda=True)
+        for kind in ("white", "large mean", "outliers"):
+            found[f"{name} noise {kind}"] = partial(noise, kind, scores, cuda=True)
+        for sizes, text in (((8, 8, 16), 0), ((5, 11, 13), 77)):
+            found[f"{name} tiles {sizes} text {text}"] = partial(tiles, sizes, text, scores, cuda=True)
+        for check in (not_finite, never_waits_and_repeats, addresses_beyond_32_bits):
+            found[f"{name} {check.__name__.replace('_', ' ')}"] = partial(check, scores, cuda=True)
+        for part in range(4):
+            found[f"{name} random calls, part {part}"] = partial(random_calls, scores, part)
+        found[f"{name} repeats with many tiles"] = partial(repeats_with_many_tiles, scores)
     return found
 
 
@@ -256,11 +319,13 @@ def _speeds_of(log: Callable[[str], None], tokens: int, heads: int) -> list[dict
             f"{density} bf16": partial(block_sparse_attention_hopper, *call, blocks, scale)}
         for scores in quantise.SCORES:
             made = quantise.quantise(*call, blocks, scale, scores=scores)
-            attend = partial(fp8.attend, made, blocks, plan, scale, tokens, BF16)
-            calls[f"{density} {scores}, quantised before"] = attend
-            calls[f"{density} {scores}, quantised before, sums kept"] = partial(attend, fresh=False)
-            calls[f"{density} {scores}, quantising included"] = partial(
-                fp8.block_sparse_attention_fp8, *call, blocks, scale, scores=scores)
+            for kernel, cuda in (("Gluon", False), ("CUDA", True)):
+                if cuda and nvrtc.missing():
+                    continue
+                calls[f"{density} {scores}, {kernel}, quantised before"] = partial(
+                    fp8.attend, made, blocks, plan, scale, tokens, BF16, cuda=cuda)
+                calls[f"{density} {scores}, {kernel}, quantising included"] = partial(
+                    fp8.block_sparse_attention_fp8, *call, blocks, scale, scores=scores, cuda=cuda)
         measure(calls, mask.density().item())
     permuted = BlockLayout.from_order(torch.randperm(tokens), 128).to("cuda")
     other = Blocks.from_mask(BlockMask.from_dense(

@@ -238,12 +238,12 @@ Attend = Callable[[Drawn], tuple[Tensor, Tensor]]
 
 
 def tuning_of(kind: Kind) -> Tuning:
-    """How the Hopper kernel computes the calls of a kind."""
-    return Tuning(persistent=kind.persistent, ragged_boxes=kind.order == "ragged boxes")
+    """How the Hopper kernel in Gluon computes the calls of a kind."""
+    return Tuning(persistent=kind.persistent, ragged_boxes=kind.order == "ragged boxes", cuda=False)
 
 
-def hopper(drawn: Drawn) -> tuple[Tensor, Tensor]:
-    """The call on the Hopper kernel, with NaN in all fresh memory."""
+def hopper(drawn: Drawn, cuda: bool = False) -> tuple[Tensor, Tensor]:
+    """The call on the Hopper kernel, in Gluon or in CUDA C++, with NaN in all fresh memory."""
     from dit_sparse.kernels.hopper import block_sparse_attention_hopper
     from tests.gpu.checks import poisoned
 
@@ -251,7 +251,7 @@ def hopper(drawn: Drawn) -> tuple[Tensor, Tensor]:
     with poisoned():
         return block_sparse_attention_hopper(
             inputs.query, inputs.key, inputs.value, Blocks.from_mask(inputs.mask, inputs.key_mask), inputs.scale,
-            tuning_of(drawn.kind))
+            dataclasses.replace(tuning_of(drawn.kind), cuda=cuda))
 
 
 def portable(drawn: Drawn) -> tuple[Tensor, Tensor]:
@@ -269,6 +269,19 @@ def kernels_of(seed: int) -> dict[str, Attend]:
     """The kernels that run the call of a seed."""
     shared = KINDS[seed % len(KINDS)].portable and seed // len(KINDS) % PORTABLE_SHARE == 0
     return {"hopper": hopper} | ({"portable": portable} if shared else {})
+
+
+def cuda_seeds(first: int, calls: int) -> list[int]:
+    """The first seeds, from `first` on, of calls that the kernel in CUDA C++ runs."""
+    fits = [i for i, kind in enumerate(KINDS)
+            if not (kind.window or kind.masked) and "boxes" not in kind.order]
+    return [seed for seed in range(first, first + (calls // len(fits) + 2) * len(KINDS))
+            if seed % len(KINDS) in fits][:calls]
+
+
+def only_cuda(_: int) -> dict[str, Attend]:
+    """The kernel in CUDA C++ alone, for any of `cuda_seeds`."""
+    return {"cuda": lambda drawn: hopper(drawn, cuda=True)}
 
 
 def run(

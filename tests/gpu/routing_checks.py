@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from dit_sparse import routing, scoring
 from dit_sparse.blockmask import BlockLayout, BlockMask
+from dit_sparse.budgets import budget_errors
 from dit_sparse.grid import TokenGrid
 from dit_sparse.kernels.attention import block_sparse_attention
-from dit_sparse.memory import Memory
+from dit_sparse.memory import Memory, State
 from dit_sparse.methods import build
 from dit_sparse.methods.base import Call
 from dit_sparse.selection import Rule
@@ -42,6 +44,17 @@ def activations(tokens: int, heads: int, dim: int, dtype: torch.dtype, batch: in
     view = room.transpose(1, 2)[:, :tokens, :, :dim]
     drift = torch.randn(batch, tokens // 16 + 1, heads, dim, device="cuda").repeat_interleave(16, 1)[:, :tokens]
     return view.copy_(torch.randn(batch, tokens, heads, dim, device="cuda") + drift)
+
+
+@contextlib.contextmanager
+def switched(wanted: str) -> Iterator[None]:
+    """DIT_SPARSE_ROUTING is this within."""
+    before = os.environ.get("DIT_SPARSE_ROUTING", "")
+    os.environ["DIT_SPARSE_ROUTING"] = wanted
+    try:
+        yield
+    finally:
+        os.environ["DIT_SPARSE_ROUTING"] = before
 
 
 def close(got: Tensor, want: Tensor, rtol: float, atol: float) -> str:
@@ -126,6 +139,56 @@ def sampled_errors(dtype: torch.dtype, tokens: int, dim: int) -> str:
     return close(got, want, 1e-3 if dtype == FP32 else 3e-2, 1e-6)
 
 
+def budgets(dtype: torch.dtype, kind: str, tokens: int, block: int, dim: int, soft: bool) -> str:
+    """Errors of sampled rows at every budget are those of float32, with NaN where nothing is real."""
+    torch.manual_seed(4)
+    layout, count = make_layout(kind, tokens, block, 3), 11
+    query, key, value = (activations(tokens, 3, dim, dtype) for _ in range(3))
+    mask = torch.rand(2, tokens, device="cuda") < 0.8
+    rows = torch.randint(tokens, (64,), device="cuda")
+    left = torch.randint(count, (2, 3, 64, layout.blocks), device="cuda", dtype=torch.int32)
+    words: dict[str, Any] = {"key_mask": mask}
+    if soft:
+        words |= {"entry": torch.randn(left.shape, device="cuda"), "mean_value": routing.pool(value, layout, mask=mask)}
+    wide = [x.float() for x in (query, key, value)]
+    want = budget_errors(*wide, rows, layout, left, count, dim**-0.5, **words, kernels=False)
+    query[~mask], key[~mask], value[~mask] = torch.nan, torch.nan, torch.nan
+    with poisoned():
+        got = budget_errors(query, key, value, rows, layout, left, count, dim**-0.5, **words, kernels=True)
+    tolerance = (1e-3, 1e-5) if dtype == FP32 else (3e-2, 1e-4)
+    return close(got[0], want[0], *tolerance) or close(got[1], want[1], *tolerance)
+
+
+def moments(dtype: torch.dtype, kind: str, tokens: int, block: int, dim: int) -> str:
+    """Means, and means of squares, are the plain ones, with a mask over NaN."""
+    torch.manual_seed(5)
+    layout, x = make_layout(kind, tokens, block, 3), activations(tokens, 3, dim, dtype)
+    mask = torch.rand(2, tokens, device="cuda") < 0.7
+    x[~mask] = 0
+    want = routing.pool_moments(x, layout, mask=mask, kernels=False)
+    x[~mask] = torch.nan
+    with poisoned():
+        got = routing.pool_moments(x, layout, mask=mask, kernels=True)
+    return close(got[0], want[0], 2e-5, 2e-6) or close(got[1], want[1], 2e-5, 2e-6)
+
+
+def plan_of_auto() -> str:
+    """The kernels' estimate is the plain one within rounding of bf16, and so are the blocks that it buys."""
+    grid = TokenGrid(5, 30, 52, text=50, text_at="back")
+    query, key, value = (activations(grid.tokens, 3, 128, BF16) for _ in range(3))
+    method, found = build("auto", density=0.3, block_size=64), []
+    for wanted in ("0", "1"):
+        call = Call(query, key, value, grid, 128**-0.5, generator=torch.Generator(device="cuda").manual_seed(0))
+        with switched(wanted):
+            kept = method.budget(call)  # type: ignore[attr-defined]
+            mask = method.plan(call).mask
+        assert mask is not None
+        found.append((kept["errors"], kept["weight"], kept["counts"].float(), mask.density()))
+    names = {"errors": (5e-2, 1e-4), "weight": (1e-3, 1e-3), "counts": (5e-2, 1.5), "density": (5e-3, 0)}
+    return "; ".join(f"{name}: {wrong}" for (name, tolerance), got, want in zip(names.items(), found[1], found[0],
+                     strict=True) if (wrong := close(got, want, *tolerance)))
+
+
 def exact_mass(dtype: torch.dtype, kind: str, block: int) -> str:
     """The mass from the LSE of the attention kernel is that of the full softmax."""
     torch.manual_seed(3)
@@ -173,13 +236,9 @@ def plan_of_rainfusion2() -> str:
     grid = TokenGrid(5, 30, 52)
     query, key, value = (activations(grid.tokens, 3, 128, BF16) for _ in range(3))
     method, found = build("rainfusion2", density=0.3), []
-    before = os.environ.get("DIT_SPARSE_ROUTING", "")
     for wanted in ("0", "1"):
-        os.environ["DIT_SPARSE_ROUTING"] = wanted
-        try:
+        with switched(wanted):
             mask = method.plan(Call(query, key, value, grid, 128**-0.5)).mask
-        finally:
-            os.environ["DIT_SPARSE_ROUTING"] = before
         assert mask is not None
         found.append(mask.to_dense())
     share = (found[0] != found[1]).float().mean().item()
@@ -208,9 +267,14 @@ def all_checks() -> dict[str, Callable[[], str]]:
             found[f"masks {rule} {kind} {dtype}"] = partial(masks, dtype, kind, 8191, rule)
     for dtype, tokens, dim in ((BF16, 8191, 128), (FP16, 1023, 64), (FP32, 1023, 128), (BF16, 113, 96)):
         found[f"sampled rows {tokens} {dim} {dtype}"] = partial(sampled_errors, dtype, tokens, dim)
+    for case in ((BF16, "order", 8191, 128, 128, True), (FP16, "raster", 1023, 64, 64, False),
+                 (FP32, "heads", 1023, 128, 128, True), (BF16, "heads", 113, 16, 96, True)):
+        found[f"errors at budgets {' '.join(map(str, case))}"] = partial(budgets, *case)
+        found[f"moments {' '.join(map(str, case[:-1]))}"] = partial(moments, *case[:-1])
     for dtype, kind, block in ((BF16, "order", 128), (FP16, "raster", 64), (FP32, "heads", 128)):
         found[f"exact mass {kind} {block} {dtype}"] = partial(exact_mass, dtype, kind, block)
-    for check in (never_waits_and_repeats, plan_of_rainfusion2, means_beyond_32_bits):
+    for check in (never_waits_and_repeats, plan_of_rainfusion2, plan_of_auto,
+                  means_beyond_32_bits):
         found[f"routing {check.__name__.replace('_', ' ')}"] = check
     return found
 
@@ -225,9 +289,8 @@ def speeds(log: Callable[[str], None]) -> list[dict[str, Any]]:
         One dictionary a row: what, milliseconds, share of the attention at density .2.
     """
     from dit_sparse.eval.speed import median_ms
-    from dit_sparse.kernels import routing as kernels
     from dit_sparse.kernels.portable import gather_slots
-    from dit_sparse.kernels.routing import route_triton, select_triton, warps_of_row
+    from dit_sparse.kernels.routing import route_triton, select_triton
 
     torch.manual_seed(0)
     grid, heads, scale = TokenGrid(21, 45, 80), 40, 128**-0.5
@@ -235,7 +298,9 @@ def speeds(log: Callable[[str], None]) -> list[dict[str, Any]]:
     memory = Memory()
     call = Call(query, key, value, grid, scale, cached=memory.static,
                 generator=torch.Generator(device="cuda").manual_seed(0))
-    ranked, banded = build("rainfusion2", density=0.2), build("svg", density=0.25)
+    ranked, banded, budgeted = (build(name, density=x) for name, x in (("rainfusion2", 0.2), ("svg", 0.25),
+                                                                       ("auto", 0.2)))
+    kept = State()
     mask = ranked.plan(call).mask
     assert mask is not None
     layout = mask.query
@@ -250,18 +315,20 @@ def speeds(log: Callable[[str], None]) -> list[dict[str, Any]]:
         rows.append({"what": what, "ms": took, "share": share})
         log(f"{took:8.3f} ms  {100 * share:6.2f} %  {what}")
 
-    def planned(method: Any, used: bool) -> Any:
-        before = os.environ.get("DIT_SPARSE_ROUTING", "")
-        os.environ["DIT_SPARSE_ROUTING"] = str(int(used))
-        try:
-            return method.plan(dataclasses.replace(call))  # a fresh one: a call keeps the means that it made
-        finally:
-            os.environ["DIT_SPARSE_ROUTING"] = before
+    def planned(method: Any, used: bool, state: State | None = None) -> Any:
+        with switched(str(int(used))):  # a fresh call: it keeps the means that it made
+            return method.plan(dataclasses.replace(call, state=state or State()))
 
     log(f"routing at {grid}, {heads} heads of 128, bf16; % of the attention at density .2")
     row("attention, density .2, K and V put in order", lambda: block_sparse_attention(query, key, value, mask))
     index = layout.index.reshape(1, 1, -1)
-    row("of which K and V put in order", lambda: gather_slots(key, value, index, layout.slots))
+
+    def put_in_order() -> Any:
+        return gather_slots(key, value, index, layout.slots)
+
+    row("of which K and V put in order", put_in_order)
+    row("plan of rainfusion2, then K and V put in order", lambda: (planned(ranked, True), put_in_order()))
+    row("plan of svg, then K and V put in order", lambda: (planned(banded, True), put_in_order()))
     for used in (True, False):
         name = "kernels" if used else "plain"
         row(f"pool queries, tile order, {name}", lambda u=used: routing.pool(query, layout, kernels=u))
@@ -269,22 +336,21 @@ def speeds(log: Callable[[str], None]) -> list[dict[str, Any]]:
             lambda u=used: routing.route(query, key, layout, layout, scale, rule, kernels=u))
         row(f"plan of rainfusion2, {name}", lambda u=used: planned(ranked, u))
         row(f"plan of svg, {name}", lambda u=used: planned(banded, u))
+        row(f"plan of auto, estimate, {name}", lambda u=used: planned(budgeted, u))
+        planned(budgeted, used, kept)
+        row(f"plan of auto, budgets kept, {name}", lambda u=used: planned(budgeted, u, kept))
     raster = BlockLayout.raster(grid.tokens, 128, "cuda")
     row("pool queries, raster, kernels", lambda: routing.pool(query, raster, kernels=True))
     block_query, block_key = (routing.pool(x, layout, kernels=True) for x in (query, key))
     lengths = layout.lengths
     scores = block_query @ block_key.transpose(-1, -2) * scale
-    try:
-        for warps in (1, 2, 4):
-            kernels.warps_of_row = lambda columns, kind, w=warps: w  # type: ignore[misc]
-            for one in (rule, Rule("top_p", 0.5, softmax=True), Rule("threshold", 0.002, softmax=True)):
-                chosen = " (chosen)" * (warps == warps_of_row(1024, one.kind))
-                row(f"means to lists, {one.kind}, {warps} warps a row{chosen}",
-                    lambda r=one: route_triton(block_query, block_key, scale, r, lengths, lengths, 128))
-            row(f"scores to lists, top_k, {warps} warps a row",
-                lambda: select_triton(scores, rule, lengths, lengths, 128))
-    finally:
-        kernels.warps_of_row = warps_of_row
+    near = Rule("top_k", 119, near=1)
+    for name, one in (("top-k 119", rule), ("top-k 119, own block first", near),
+                      ("top-p", Rule("top_p", 0.5, softmax=True)),
+                      ("threshold", Rule("threshold", 0.002, softmax=True))):
+        row(f"means to lists, {name}",
+            lambda r=one: route_triton(block_query, block_key, scale, r, lengths, lengths, 128))
+        row(f"scores to lists, {name}", lambda r=one: select_triton(scores, r, lengths, lengths, 128))
     sampled = torch.randint(grid.tokens, (64,), device="cuda")
     allowed = torch.rand(2, 64, grid.tokens, device="cuda") < 0.3
     for used in (True, False):

@@ -3,6 +3,7 @@
     python tests/gpu/run.py --out DIR                                           # all of it, one after the other
     python tests/gpu/run.py --out DIR --only checks --kernel hopper --part 1/8  # beside it 2/8 ... 8/8
     python tests/gpu/run.py --out DIR --only random --cases 20000 --part 1/4    # random calls of the attention kernels
+    python tests/gpu/run.py --out DIR --only random --kernel cuda --part 1/4    # of the one in CUDA C++
     python tests/gpu/run.py --out DIR --only compile --part 1/4                 # what the speeds of hopper will need
     python tests/gpu/run.py --out DIR --only speeds --kernel hopper             # alone on the GPU; or --kernel peers
     compute-sanitizer --tool memcheck python tests/gpu/run.py --out DIR --only sanitizer
@@ -160,12 +161,17 @@ def run_checks(run: Run, checks: dict[str, Callable[[], Any]], limit: float, sto
             + "".join(f"  {key} {value}" for key, value in numbers.items()))
 
 
-def run_random(run: Run, cases: int, first: int, part: tuple[int, int], stop: Callable[[], bool]) -> None:
-    """Random calls whose seeds this part holds: those of every N-th kind."""
+def run_random(run: Run, cases: int, first: int, part: tuple[int, int], stop: Callable[[], bool],
+               kernel: str | None = None) -> None:
+    """Random calls whose seeds this part holds: those of every N-th kind, or every N-th call of the CUDA kernel."""
     from tests.gpu import random_cases
 
-    kinds = len(random_cases.KINDS)
-    seeds = [seed for seed in range(first, first + cases) if seed % kinds % part[1] == part[0] - 1]
+    kinds, chosen = len(random_cases.KINDS), {}
+    if kernel == "cuda":
+        seeds = random_cases.cuda_seeds(first, cases)[part[0] - 1 :: part[1]]
+        chosen = {"kernels": random_cases.only_cuda}
+    else:
+        seeds = [seed for seed in range(first, first + cases) if seed % kinds % part[1] == part[0] - 1]
     run.unit, run.left = "random calls", len(seeds)
     start = time.perf_counter()
     wrong: list[str] = []
@@ -179,7 +185,7 @@ def run_random(run: Run, cases: int, first: int, part: tuple[int, int], stop: Ca
         if stop():
             break
         some = seeds[chunk : chunk + 250]
-        totals = random_cases.run(some, "cuda", failure)
+        totals = random_cases.run(some, "cuda", failure, **chosen)
         for name, total in totals.items():
             run.passed += [f"{name} {seed}" for seed in range(total["calls"] - len(total["failed"]))]
             run.failed += [f"{name} {seed}" for seed in total["failed"]]
@@ -190,20 +196,24 @@ def run_random(run: Run, cases: int, first: int, part: tuple[int, int], stop: Ca
     for name, most in run.result.get("random", {}).items():
         run(f"{name}: {most['calls']} calls, error at most {most['out']:.2f} (output) and {most['lse']:.2f} (LSE) of "
             "what is allowed")
-    run(f"seeds {first} to {first + cases - 1}, part {part[0]} of {part[1]}, {time.perf_counter() - start:.0f} s")
+    run(f"{cases} calls from seed {first} on, part {part[0]} of {part[1]}, {time.perf_counter() - start:.0f} s")
 
 
-def run_sanitizer(run: Run, cases: int | None, part: tuple[int, int], stop: Callable[[], bool]) -> None:
+def run_sanitizer(run: Run, cases: int | None, part: tuple[int, int], stop: Callable[[], bool],
+                  kernel: str | None = None) -> None:
     """One small call of every kind, made and compared on the CPU, so that little else runs on the GPU."""
     from tests.gpu import random_cases
 
-    seeds = range(len(random_cases.KINDS))[:cases][part[0] - 1 :: part[1]]
+    kernels, every = random_cases.kernels_of, list(range(len(random_cases.KINDS)))
+    if kernel == "cuda":
+        kernels, every = random_cases.only_cuda, random_cases.cuda_seeds(0, 2 * len(every))
+    seeds = every[:cases][part[0] - 1 :: part[1]]
     run.unit, run.left = "calls", len(seeds)
     for seed in seeds:
         if stop():
             return
         drawn = random_cases.draw(seed, "cpu", most=200)
-        for name, attend in random_cases.kernels_of(seed).items():
+        for name, attend in kernels(seed).items():
             out, lse = attend(random_cases.moved(drawn, "cuda"))
             good, *_ = random_cases.verdict(drawn.inputs, out.cpu(), lse.cpu()).tolist()
             (run.passed if good else run.failed).append(f"{name} {seed}")
@@ -243,9 +253,10 @@ def main(argv: list[str] | None = None) -> int:
     run.result["environment"] = speed.environment("cuda")
     run(", ".join(f"{name} {value}" for name, value in run.result["environment"].items()))
     if options.only == "random":
-        run_random(run, 20_000 if options.cases is None else options.cases, options.seed, part, stop)
+        cases = 20_000 if options.cases is None else options.cases
+        run_random(run, cases, options.seed, part, stop, options.kernel)
     elif options.only == "sanitizer":
-        run_sanitizer(run, options.cases, part, stop)
+        run_sanitizer(run, options.cases, part, stop, options.kernel)
     elif options.only != "speeds":
         if options.only == "compile":
             from tests.gpu.speeds import compile_hopper

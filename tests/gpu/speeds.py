@@ -34,7 +34,7 @@ def noted(log: Log, rows: Iterable[speed.Row]) -> Iterator[speed.Row]:
         yield row
 
 
-TUNINGS = {", persistent" * persistent: Tuning(persistent=persistent) for persistent in (False, True)}
+TUNINGS = {", persistent" * persistent: Tuning(persistent=persistent, cuda=False) for persistent in (False, True)}
 SHAPES = ((12, 128, 128), (24, 64, 128), (12, 128, 64))  # heads, head dim, key block of `hopper_variants`
 GRIDS = (((20, 48, 80), (4, 4, 8)), ((21, 45, 80), (2, 8, 8)), ((21, 30, 52), (4, 8, 4)))  # and their tiles
 

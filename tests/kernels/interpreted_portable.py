@@ -109,11 +109,26 @@ def test_layouts_whole_blocks_with_masked_keys_become_boundary_blocks() -> None:
 
 
 def test_layouts_long_lists_are_launched_first() -> None:
-    from dit_sparse.kernels import portable
+    from dit_sparse.kernels.launch_order import MANY_BLOCKS, launch_order
 
     counts = torch.tensor([[[2, 3, 2, 20, 2, 12, 1, 3]]], dtype=torch.int32)
-    assert portable.launch_order(counts, 1, 1).tolist() == [3, 5, 0, 1, 2, 4, 6, 7]
-    assert portable.launch_order(counts[..., :3], 2, 2).tolist() == list(range(12))
-    heads = portable.MANY_BLOCKS // counts.shape[-1]
-    assert portable.launch_order(counts, 1, heads).tolist() == list(range(portable.MANY_BLOCKS))
-    assert portable.launch_order(counts, 1, heads, longest_first=True)[0] == 3
+    assert launch_order(counts, 1, 1).tolist() == [3, 5, 0, 1, 2, 4, 6, 7]
+    assert launch_order(counts[..., :3], 2, 2).tolist() == list(range(12))
+    heads = MANY_BLOCKS // counts.shape[-1]
+    assert launch_order(counts, 1, heads).tolist() == list(range(MANY_BLOCKS))
+    assert launch_order(counts, 1, heads, longest_first=True)[0] == 3
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 17), (2, 1, 17), (1, 1, 1), (1, 12, 97)], ids=str)
+def test_the_kernel_of_the_launch_order_agrees_with_its_twin(shape: tuple[int, int, int]) -> None:
+    from dit_sparse.kernels import launch_order as module
+
+    generator = torch.Generator().manual_seed(0)
+    batch, heads = 2, 12 if shape[1] == 12 else 3
+    tiles = batch * heads * shape[2]
+    for counts in (torch.full(shape, 7), torch.zeros(shape), torch.randint(0, 9, shape, generator=generator),
+                   torch.rand(shape, generator=generator) ** 8 * 1000):
+        counts, found = counts.to(torch.int32), torch.empty(tiles, dtype=torch.int32)
+        strides = (0 if size == 1 else step for size, step in zip(counts.shape, counts.stride(), strict=True))
+        module.order_kernel[(1,)](counts, found, *strides, heads, shape[2], tiles, SIZE=4096, MOST=module.MOST)
+        assert torch.equal(found, module.launch_order_reference(counts, batch, heads))

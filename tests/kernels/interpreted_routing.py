@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dit_sparse import routing, scoring
 from dit_sparse.blockmask import BlockLayout, BlockMask
+from dit_sparse.budgets import budget_errors
 from dit_sparse.grid import TokenGrid
 from dit_sparse.methods import rainfusion2
 from dit_sparse.methods.base import Call
@@ -65,6 +66,9 @@ def test_means_are_those_of_the_twin(case: tuple[Any, ...]) -> None:
         got = routing.pool(one, layout, mask=mask, kernels=True)
         assert got.dtype == FP32
         torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)
+        mean, squares = routing.pool_moments(one, layout, mask=mask, kernels=True)
+        torch.testing.assert_close(mean, want, rtol=2e-5, atol=2e-6)
+        torch.testing.assert_close(squares, routing.pool_moments(x, layout, mask=mask)[1], rtol=2e-5, atol=2e-6)
 
 
 def random_rule(kind: str, B: int, H: int, nq: int, nk: int) -> Iterator[Rule]:
@@ -141,6 +145,21 @@ def test_lists_of_random_shapes(seed: int) -> None:
                     routing.lists_of_scores(scores, query, key, rule)), rule
 
 
+@pytest.mark.parametrize("shares", [False, True])
+def test_rows_of_every_magnitude_give_exactly_the_same(shares: bool) -> None:
+    """From the smallest floats to the largest, of both signs, and rows whose scores nearly all agree."""
+    torch.manual_seed(11)
+    layout = BlockLayout.raster(9 * 16 - 3, 16)
+    scores = torch.randn(1, 4, 9, 9) * 10.0 ** torch.randint(-45, 38, (1, 4, 9, 9))
+    scores[:, 1] = 1 + torch.randint(3, (9, 9)) * 2.0**-23
+    scores[:, 2, :, ::2], scores[:, 3] = 3e38, scores[:, 3].abs().clamp(max=1e-38)
+    scores = scores.clamp(-80, 80).softmax(-1) if shares else scores
+    for k in (2, 5):
+        for rule in (Rule("top_k", k), Rule("top_p", k / 9, least=k) if shares else Rule("top_k", k, near=3)):
+            want = routing.lists_of_scores(scores, layout, layout, rule)
+            assert same(routing.lists_of_scores(scores, layout, layout, rule, kernels=True), want), rule
+
+
 @pytest.mark.parametrize("kind", ["top_k", "top_p", "threshold"])
 def test_rows_of_minus_infinity_with_softmax(kind: str) -> None:
     layout = BlockLayout.raster(80, 16)
@@ -179,6 +198,20 @@ def test_masks_of_activations_are_those_of_the_twin(case: tuple[Any, ...], monke
     if query_tokens == 113:
         monkeypatch.setattr(kernels, "_NUMBERS_AT_ONCE", 1)
         assert same(routing.route(strided(query), strided(key), *arguments[2:], key_mask=mask, kernels=True), want)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 3), (2, 3)], ids=str)
+def test_weights_of_key_blocks_are_added_to_the_scores_exactly_as_in_the_twin(shape: tuple[int, int]) -> None:
+    torch.manual_seed(8)
+    layout = BlockLayout.raster(19 * 16 - 3, 16)
+    block_query, block_key = torch.randn(2, 2, 3, 19, 32).unbind(0)
+    weight = torch.randn(*shape, 19, 2)[..., 0] * 4
+    weight[..., 5] = -INF
+    for rule in (Rule("top_k", 4), Rule("threshold", 0.0, rows=slice(0, 17), columns=slice(0, 17), near=1)):
+        arguments = block_query, block_key, layout, layout, 0.3, rule
+        want = routing.route_means(*arguments, key_weight=weight)
+        assert same(routing.route_means(*arguments, key_weight=weight, kernels=True), want)
+        assert not same(routing.route_means(*arguments), want)
 
 
 @pytest.mark.parametrize("grid", [TokenGrid(3, 6, 10), TokenGrid(2, 9, 11, text=20, text_at="front")], ids=str)
@@ -277,7 +310,7 @@ def test_masses_of_all_blocks_stand_at_their_places(masked: bool) -> None:
 
 def test_no_operator_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every kernel path on tensors without contents, launches left out: what needs a content cannot run."""
-    from dit_sparse.kernels import mass, pooling, sampling
+    from dit_sparse.kernels import budgets, mass, pooling, sampling
     from dit_sparse.kernels import routing as kernels
     from tests.waits import Waits
 
@@ -292,7 +325,8 @@ def test_no_operator_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> No
             return lambda *args, **constants: launched.append(self.name)
 
     for module, name in ((pooling, "pool_kernel"), (kernels, "score_kernel"), (kernels, "select_kernel"),
-                         (sampling, "sampled_kernel"), (mass, "mass_kernel")):
+                         (sampling, "sampled_kernel"), (sampling, "merge_kernel"), (budgets, "piece_kernel"),
+                         (budgets, "combine_kernel"), (mass, "mass_kernel")):
         monkeypatch.setattr(module, name, Launch(name))
     torch.use_deterministic_algorithms(False)
     layout = BlockLayout.from_order(torch.empty(1, 2, 113, dtype=torch.int64, device="meta"), 32)
@@ -308,10 +342,16 @@ def test_no_operator_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> No
         rows = torch.empty(7, dtype=torch.int64, device="meta")
         allowed = torch.empty(2, 7, 113, dtype=torch.bool, device="meta")
         assert routing.row_errors(query, key, value, rows, allowed, 1.0, mask, kernels=True).shape == (1, 2, 2)
+        mean, squares = routing.pool_moments(value, layout, mask=mask, kernels=True)
+        assert squares.shape == (1, 2, 4)
+        left = torch.empty(1, 2, 7, 4, dtype=torch.int32, device="meta")
+        words: dict[str, Any] = dict(entry=left.float(), mean_value=mean, key_mask=mask, kernels=True)
+        errors, norms = budget_errors(query, key, value, rows, layout, left, 3, 1.0, **words)
+        assert errors.shape == (1, 2, 7, 3) and norms.shape == (1, 2, 7)
         lse = torch.empty(1, 2, 113, device="meta")
         assert routing.listed_mass(query, key, lse, found, 1.0, key_mask=mask, kernels=True).shape == (1, 2, 4, 4)
-    assert launched == ["pool_kernel", "pool_kernel", "score_kernel", "select_kernel"] * 6 + ["sampled_kernel",
-                                                                                          "mass_kernel"]
+    assert launched == ["pool_kernel", "pool_kernel", "score_kernel", "select_kernel"] * 6 + [
+        "sampled_kernel", "merge_kernel", "pool_kernel", "piece_kernel", "combine_kernel", "mass_kernel"]
 
 
 @pytest.mark.parametrize(("dtype", "gap"), [(FP32, 20.0), (FP16, 2.0)])

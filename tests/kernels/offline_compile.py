@@ -257,7 +257,7 @@ def read_figures(cubin: bytes, shared: int) -> Figures:
         return len(re.findall(rf"\b{word}\b", code))
 
     registers, stack = (int(re.findall(rf"{word}:(\d+)", usage)[-1]) for word in ("REG", "STACK"))
-    return Figures(registers, stack, count("STL") + count("LDL"), shared, count("HGMMA"),
+    return Figures(registers, stack, count("STL") + count("LDL"), shared, count("[HQI]GMMA"),
                    count("WARPGROUP.DEPBAR"), count("UTMALDG"))
 
 

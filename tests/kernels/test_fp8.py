@@ -219,7 +219,7 @@ def test_the_entry_hands_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = Blocks.from_mask(inputs.mask, inputs.key_mask)
     monkeypatch.setattr(fp8, "fp8_reasons", lambda *_: [])
     monkeypatch.setattr(fp8, "quantise", lambda *a: quantise_reference(*a[:5], scores=a[6]))
-    monkeypatch.setattr(fp8, "attend", lambda made, blocks, plan, scale, tokens, dtype: emulate(
+    monkeypatch.setattr(fp8, "attend", lambda made, blocks, plan, scale, tokens, dtype, cuda: emulate(
         made, blocks, scale, tokens, 96, dtype))
     arguments = inputs.query, inputs.key, inputs.value, blocks, inputs.scale
     for scores in SCORES:

@@ -13,7 +13,7 @@ import torch
 from dit_sparse import order
 from dit_sparse.blockmask import BlockLayout, BlockMask
 from dit_sparse.grid import TokenGrid
-from dit_sparse.kernels import attention, hopper_plan
+from dit_sparse.kernels import attention, hopper_plan, nvrtc, starting
 from dit_sparse.kernels.attention import block_sparse_attention, can_run, choose_backend, device_backends
 from dit_sparse.kernels.blocks import Blocks
 from dit_sparse.kernels.hopper_plan import (
@@ -26,6 +26,7 @@ from dit_sparse.kernels.hopper_plan import (
     tile_tokens,
 )
 from dit_sparse.kernels.reference import attention_reference
+from dit_sparse.kernels.starting import Starting
 from tests.kernels.cases import Case, build, check
 
 GRID = TokenGrid(5, 11, 13, text=77, text_at="front")
@@ -88,8 +89,11 @@ def able(monkeypatch: pytest.MonkeyPatch, run: object = None) -> None:
     hopper, triton, *others = attention._BACKENDS
     hopper = dataclasses.replace(hopper, reasons=lambda *_: [], missing=lambda: "")
     monkeypatch.setattr(attention, "_BACKENDS", (hopper, triton, *others))
-    for name, value in (("_failed", {}), ("_started", set()), ("fallbacks", Counter())):
-        monkeypatch.setattr(attention, name, value)
+    counted = Counter[str]()
+    monkeypatch.setattr(attention, "fallbacks", counted)
+    monkeypatch.setattr(starting, "fallbacks", counted)
+    monkeypatch.setattr(attention, "_hopper", Starting("the Hopper kernel", "the portable kernel"))
+    monkeypatch.setattr(nvrtc, "missing", lambda: "")
     monkeypatch.setattr(attention, "triton_reasons", lambda *_: [])
     monkeypatch.setattr(attention, "_run_triton", attention._run_reference)
     if run is not None:
@@ -110,7 +114,7 @@ def test_chosen_first_unless_the_environment_switches_it_off(
     assert choose_backend(inputs.query, inputs.key, inputs.value, inputs.mask) == chosen
     name, available, words = device_backends()[0]
     assert (name, available) == ("hopper", True)
-    assert words == "Hopper kernel (Gluon)" + (
+    assert words == "Hopper kernel (Gluon, CUDA C++)" + (
         f"; switched off by DIT_SPARSE_HOPPER={variable}, used only with backend='hopper'" if chosen == "cpu" else "")
 
 
@@ -172,7 +176,7 @@ def test_errors_of_a_kernel_that_ran_before_are_not_hidden(monkeypatch: pytest.M
     block_sparse_attention(*arguments)
     with pytest.raises(RuntimeError, match="CUDA error"):
         block_sparse_attention(*arguments)
-    assert not attention.fallbacks and not attention._failed
+    assert not attention.fallbacks and not attention._hopper.failed
 
 
 @pytest.mark.parametrize("setting, words", [

@@ -15,6 +15,7 @@ import torch
 
 from dit_sparse import routing, scoring
 from dit_sparse.blockmask import BlockLayout, BlockMask
+from dit_sparse.budgets import budget_errors
 from dit_sparse.selection import Rule, force, select_threshold, select_top_k, select_top_p
 from tests.kernels.toolchain import interprets_numpy_2_4, needs_assembler, needs_triton
 from tests.waits import Waits
@@ -25,12 +26,12 @@ HERE = pathlib.Path(__file__)
 @pytest.mark.slow
 @needs_triton
 @interprets_numpy_2_4
-@pytest.mark.parametrize("part", ["exactly", "not exactly"])
-def test_routing_kernels_in_the_interpreter(part: str) -> None:
+@pytest.mark.parametrize("name, part", [("routing", "exactly"), ("routing", "not exactly"), ("budgets", "")])
+def test_routing_kernels_in_the_interpreter(name: str, part: str) -> None:
     # Compiled kernels and interpreted ones must not meet in one cache, nor two workers in one report.
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     environment.pop("PYTEST_ADDOPTS", None)
-    suite = HERE.with_name("interpreted_routing.py")
+    suite = HERE.with_name(f"interpreted_{name}.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", part, str(suite)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=suite.parents[2])
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
@@ -74,6 +75,23 @@ def test_routing_is_scores_then_selection_then_lists(limit: int, monkeypatch: py
     monkeypatch.setattr(scoring, "_NUMBERS_AT_ONCE", limit)
     got = routing.route(query, key, layout, layout, 0.3, rule)
     assert torch.equal(got.lists, want.lists) and torch.equal(got.work(), want.work())
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 5), (1, 3, 5), (2, 3, 5)], ids=str)
+def test_weights_of_key_blocks_are_added_to_the_scores(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, key, layout = small_call()
+    means = scoring.pool(query, layout), scoring.pool(key, layout)
+    weight, rule = torch.randn(shape), Rule("top_k", 2)
+    want = routing.lists_of_scores(means[0] * 0.3 @ means[1].mT + weight[:, :, None], layout, layout, rule)
+    for limit in (1, 2**26):  # one head at a time, all of them
+        monkeypatch.setattr(scoring, "_NUMBERS_AT_ONCE", limit)
+        got = routing.route_means(*means, layout, layout, 0.3, rule, key_weight=weight)
+        assert torch.equal(got.lists, want.lists) and torch.equal(got.work(), want.work())
+    for wrong in (weight[..., :4], weight.double(), weight[0]):
+        with pytest.raises(ValueError, match="route_means: key_weight is"):
+            routing.route_means(*means, layout, layout, 0.3, rule, key_weight=wrong)
 
 
 def test_plain_routing_never_reads_a_tensor() -> None:
@@ -178,6 +196,59 @@ def test_shapes_are_checked_before_either_path(kernels: bool | None) -> None:
                                   (rows.bool(), ones(1, 2, 150), key), (rows, ones(1, 2, 150), key.half())):
         with pytest.raises(ValueError, match="row_errors: (rows|allowed|value)"):
             routing.row_errors(query, key, value, place, allowed, 1.0, kernels=kernels)
+
+
+@pytest.mark.parametrize("soft", [True, False])
+def test_errors_at_budgets_are_those_of_attention_over_what_is_kept(soft: bool) -> None:
+    query, key, layout = small_call()
+    value, rows = torch.randn(2, 150, 3, 24), torch.tensor([3, 149, 70])
+    left = torch.randint(4, (2, 3, 3, layout.blocks), dtype=torch.int32)
+    entry, mean = torch.randn(left.shape), torch.randn(2, 3, layout.blocks, 24)
+    words = dict(entry=entry, mean_value=mean) if soft else {}
+    error, norm = budget_errors(query, key, value, rows, layout, left, 4, 0.3, **words)
+    logits = torch.einsum("brhd,blhd->bhrl", query[:, rows], key) * 0.3
+    block, wide, outs = torch.arange(150) // 32, value.transpose(1, 2), []
+    for place in range(4):
+        kept = left <= place  # [B, H, R, n]
+        weight = logits.exp() * kept[..., block]
+        rest = entry.exp() * ~kept if soft else torch.zeros_like(entry)
+        total = weight.sum(-1) + rest.sum(-1)
+        outs.append((weight @ wide + rest @ mean) / total[..., None].clamp(min=1e-30))
+    torch.testing.assert_close(error, torch.stack([(out - outs[-1]).square().sum(-1) for out in outs], dim=-1))
+    torch.testing.assert_close(norm, outs[-1].square().sum(-1))
+
+
+def test_what_the_kernel_of_budgets_refuses_is_counted() -> None:
+    query, key, layout = small_call()
+    odd, rows = BlockLayout.raster(150, 48), torch.zeros(1, dtype=torch.int64)
+    left = torch.zeros(2, 3, 1, 5, dtype=torch.int32)
+
+    def run(blocks: BlockLayout, value: torch.Tensor, budgets: int = 3, **words: Any) -> Any:
+        return budget_errors(query, key, value, rows, blocks, left[..., : blocks.blocks], budgets, 1.0, **words)
+
+    with pytest.raises(ValueError, match="block size 48 is not a power of two"):
+        run(odd, key, kernels=True)
+    with pytest.raises(ValueError, match="17 budgets are more than 16"):
+        run(layout, key, 17, kernels=True)
+    with pytest.raises(ValueError, match="value head dim 200"):
+        run(layout, torch.zeros(2, 150, 3, 200), kernels=True)
+    for wrong in ({"value": key[:1]}, {"value": key.half()}, {"value": key, "blocks": BlockLayout.raster(96, 32)},
+                  {"value": key, "key_mask": torch.ones(2, 9, dtype=torch.bool)},
+                  {"value": key, "entry": left.float()[0], "mean_value": torch.zeros(2, 3, 5, 16)}):
+        with pytest.raises(ValueError, match="budget_errors: "):
+            run(**({"blocks": layout} | wrong))
+
+
+def test_moments_are_means_of_tokens_and_of_their_squared_norms() -> None:
+    query, _, layout = small_call()
+    mask = torch.rand(2, 150) < 0.7
+    query[~mask] = torch.nan
+    mean, squares = routing.pool_moments(query, layout, mask=mask)
+    assert torch.equal(mean, scoring.pool(query, layout, mask=mask))
+    for block in range(5):
+        for b in range(2):
+            here = query[b, 32 * block : 32 * (block + 1)][mask[b, 32 * block : 32 * (block + 1)]]
+            torch.testing.assert_close(squares[b, :, block], here.square().sum(-1).mean(0))
 
 
 def test_slices_with_a_step_are_refused() -> None:

@@ -23,7 +23,8 @@ from dit_sparse.operators import Drop, Soft
 from dit_sparse.order import video_blocks
 from dit_sparse.processor import SparseProc, enable, summary
 from dit_sparse.report import summarize
-from dit_sparse.scoring import pool, pooled_moments, pooled_scores
+from dit_sparse.routing import pool
+from dit_sparse.scoring import pooled_moments, pooled_scores
 from dit_sparse.selection import Rule
 from dit_sparse.session import RunSession
 

@@ -22,7 +22,7 @@ using uint64 = unsigned long long;
 using std::max;
 using std::min;
 
-// Written by the test: address, 4 sizes, 3 strides in bytes, 4 sizes of a box.
+// Written by the test: address, 4 sizes, 3 strides in bytes, 4 sizes of a box, bytes of an element.
 struct alignas(64) TensorMap {
     uint64 words[16];
 };
@@ -131,23 +131,29 @@ inline float __int_as_float(unsigned bits) {
     memcpy(&x, &bits, 4);
     return x;
 }
+inline int __float_as_int(float x) {
+    int bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
 
 // ---- Copies
 // Byte `offset` of a tile: 16-byte piece c of row r lies at c ^ (r % 8).
 inline uint32 swizzled(uint32 tile, uint32 offset) { return (tile + offset) ^ (((tile + offset) >> 7 & 7) << 4); }
 inline void copy_box(const TensorMap* map, uint32 tile, const int (&corner)[4], bool load) {
     const int64* w = (const int64*)map->words;
+    const int size = w[12];
     for (int row = 0; row < w[9]; row++)
         for (int i = 0; i < w[8]; i++) {
             const int64 place[4] = {corner[0] + i, corner[1] + row, corner[2], corner[3]};
             bool inside = true;
             for (int c = 0; c < 4; c++) inside = inside && place[c] >= 0 && place[c] < w[1 + c];
-            unsigned char* near = memory + swizzled(tile, row * 128 + i * 2);
-            char* far = (char*)w[0] + place[0] * 2 + place[1] * w[5] + place[2] * w[6] + place[3] * w[7];
+            unsigned char* near = memory + swizzled(tile, row * 128 + i * size);
+            char* far = (char*)w[0] + place[0] * size + place[1] * w[5] + place[2] * w[6] + place[3] * w[7];
             if (inside)
-                memcpy(load ? (void*)near : far, load ? far : (const void*)near, 2);
+                memcpy(load ? (void*)near : far, load ? far : (const void*)near, size);
             else if (load)
-                memset(near, 0, 2);
+                memset(near, 0, size);
         }
 }
 inline void fence_async_shared() {}
@@ -155,7 +161,7 @@ inline void prefetch_map(const TensorMap*) {}
 inline void bulk_load(uint32 tile, const TensorMap* map, uint32 barrier, int c0, int c1, int c2, int c3) {
     copy_box(map, tile, {c0, c1, c2, c3}, true);
     std::lock_guard<std::mutex> held(lock);
-    barriers.at(barrier).bytes -= map->words[8] * map->words[9] * 2;
+    barriers.at(barrier).bytes -= map->words[8] * map->words[9] * map->words[12];
     settle(barriers.at(barrier));
 }
 inline void bulk_store(const TensorMap* map, uint32 tile, int c0, int c1, int c2, int c3) {
@@ -197,6 +203,22 @@ inline uint32 rounded(float x) {
 #endif
 inline uint32 pack(float low, float high) { return rounded(low) | rounded(high) << 16; }
 inline float exp2_fast(float x) { return exp2f(x); }
+inline float from_8(unsigned char bits) {
+    const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+    if ((bits & 127) == 127) return NAN;
+    const float size = exponent ? ldexpf(8 + mantissa, exponent - 10) : ldexpf(mantissa, -9);
+    return bits & 128 ? -size : size;
+}
+inline uint32 to_8(float x) {
+    if (x != x) return 0x7F;
+    const float size = std::min(std::fabs(x), 448.0f);
+    const int step = std::max(size ? std::ilogb(size) : -6, -6) - 3;  // the power of two between neighbours
+    const int steps = (int)std::nearbyint(ldexpf(size, -step));       // of two as near, the even one
+    return (x < 0 ? 128 : 0) | (steps < 8 ? steps : (step + 9) * 8 + steps);
+}
+inline uint32 pack_8(float a, float b, float c, float d) {
+    return to_8(a) | to_8(b) << 8 | to_8(c) << 16 | to_8(d) << 24;
+}
 
 // ---- Products, by the layouts of the PTX manual
 inline const uint32* registers[3][128];
@@ -221,14 +243,25 @@ inline float by_lane(int row, int k) {
     const uint32* a = registers[threadIdx.x / 128][row / 16 * 32 + row % 8 * 4 + k % 8 / 2];
     return number(a[row % 16 / 8 + k / 8 * 2] >> k % 2 * 16);
 }
-template <int N, class A, class B>
-void product(float (&d)[N], A a, B b, int add) {
+// 8-bit numbers, rows along the other matrix's columns.
+inline float by_row_8(uint64 x, int row, int k) {
+    return from_8(memory[swizzled(field(x, 0) + row / 8 * field(x, 32), row % 8 * 128 + k)]);
+}
+inline int32 by_row_integer(uint64 x, int row, int k) {
+    return (signed char)memory[swizzled(field(x, 0) + row / 8 * field(x, 32), row % 8 * 128 + k)];
+}
+inline float by_lane_8(int row, int k) {
+    const uint32* a = registers[threadIdx.x / 128][row / 16 * 32 + row % 8 * 4 + k % 16 / 4];
+    return from_8(a[row % 16 / 8 + k / 16 * 2] >> k % 4 * 8);
+}
+template <int K = 16, class T, int N, class A, class B>
+void product(T (&d)[N], A a, B b, int add) {
     const int warp = threadIdx.x % 128 / 32, lane = lane_index();
     pthread_barrier_wait(&groups[threadIdx.x / 128]);
     for (int i = 0; i < N; i++) {
         const int row = warp * 16 + lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-        float sum = add ? d[i] : 0;
-        for (int k = 0; k < 16; k++) sum += a(row, k) * b(column, k);
+        T sum = add ? d[i] : 0;
+        for (int k = 0; k < K; k++) sum += a(row, k) * b(column, k);
         d[i] = sum;
     }
     pthread_barrier_wait(&groups[threadIdx.x / 128]);
@@ -241,6 +274,18 @@ template <int N>
 void wgmma_transposed(float (&d)[N], const uint32* a, uint64 b, int add) {
     registers[threadIdx.x / 128][threadIdx.x % 128] = a;
     product(d, by_lane, [=](int n, int k) { return by_k(b, n, k); }, add);
+}
+inline void wgmma_shared_8(float (&d)[64], uint64 a, uint64 b, int add) {
+    product<32>(d, [=](int row, int k) { return by_row_8(a, row, k); },
+                [=](int n, int k) { return by_row_8(b, n, k); }, add);
+}
+inline void wgmma_shared_8(int32 (&d)[64], uint64 a, uint64 b, int add) {
+    product<32>(d, [=](int row, int k) { return by_row_integer(a, row, k); },
+                [=](int n, int k) { return by_row_integer(b, n, k); }, add);
+}
+inline void wgmma_registers_8(float (&d)[64], const uint32* a, uint64 b, int add) {
+    registers[threadIdx.x / 128][threadIdx.x % 128] = a;
+    product<32>(d, by_lane_8, [=](int n, int k) { return by_row_8(b, n, k); }, add);
 }
 inline void wgmma_fence() {}
 inline void wgmma_commit() {}

@@ -1,4 +1,4 @@
-"""The kernel in CUDA C++ on a CPU: its source, compiled by the system's C++ compiler over stand-ins for PTX."""
+"""The kernels in CUDA C++ on a CPU: their source, compiled by the system's C++ compiler over stand-ins for PTX."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels import hopper_cuda, nvrtc, portable
+from dit_sparse.kernels import fp8_cuda, hopper_cuda, nvrtc, portable
 
 HERE = pathlib.Path(__file__).parent
 
@@ -35,18 +35,18 @@ class _Kernel:
         self.library.run(ctypes.c_void_p(at), programs)
 
 
-def load(_name: str, _function: str, macros: Mapping[str, int], _shared: int) -> _Kernel:
-    return _built(tuple(sorted(macros.items())))
+def load(name: str, function: str, macros: Mapping[str, int], _shared: int) -> _Kernel:
+    return _built(name, function, tuple(sorted(macros.items())))
 
 
 @functools.cache
-def _built(macros: tuple[tuple[str, int], ...]) -> _Kernel:
+def _built(name: str, function: str, macros: tuple[tuple[str, int], ...]) -> _Kernel:
     with tempfile.TemporaryDirectory() as folder:
         for source in (*nvrtc.SOURCES.iterdir(), HERE / "common.cuh", HERE / "main.cpp"):  # the stand-ins come last
             shutil.copy(source, folder)
         library = pathlib.Path(folder, "kernel.so")
         subprocess.run(["g++", "-O2", "-std=c++17", "-fno-strict-aliasing", "-w", "-shared", "-fPIC", "-pthread",
-                        *(f"-D{name}={value}" for name, value in macros),
+                        f'-DSOURCE="{name}"', f"-DKERNEL={function}", *(f"-D{key}={value}" for key, value in macros),
                         str(pathlib.Path(folder, "main.cpp")), "-o", str(library)], check=True)
         return _Kernel(ctypes.CDLL(str(library)))
 
@@ -56,7 +56,7 @@ def tensor_map(x: Tensor, shape: Sequence[int], strides: Sequence[int], box: Seq
     steps = [step * x.element_size() for step in strides]
     assert x.data_ptr() % 16 == 0 and all(step % 16 == 0 for step in steps) and box[0] * x.element_size() <= 128
     found = nvrtc.TensorMap()
-    for i, word in enumerate((x.data_ptr(), *shape, *steps, *box)):
+    for i, word in enumerate((x.data_ptr(), *shape, *steps, *box, x.element_size())):
         found.words[i] = word
     return found
 
@@ -73,10 +73,11 @@ def gather(key: Tensor, value: Tensor, index: Tensor, _slots: int) -> tuple[Tens
 
 @contextlib.contextmanager
 def emulated(processors: int = 2) -> Iterator[Any]:
-    """Within, `block_sparse_attention_cuda` runs CPU tensors, as on a GPU of so many multiprocessors."""
+    """Within, `block_sparse_attention_cuda` and `attend_cuda` run CPU tensors, as on so many multiprocessors."""
     with pytest.MonkeyPatch.context() as patch:
         stand_in = types.SimpleNamespace(TensorMap=nvrtc.TensorMap, tensor_map=tensor_map, load=load)
-        patch.setattr(hopper_cuda, "nvrtc", stand_in)
+        for module in (hopper_cuda, fp8_cuda):
+            patch.setattr(module, "nvrtc", stand_in)
         patch.setattr(portable, "gather_slots", gather)
         patch.setattr(torch.cuda, "get_device_properties",
                       lambda _: types.SimpleNamespace(multi_processor_count=processors))

@@ -1,5 +1,5 @@
-// Runs the programs of a launch one after the other, each with all its threads.
-#include "attention.cu"
+// Runs the programs of a launch one after the other, each with all its threads. Macros: SOURCE, KERNEL.
+#include SOURCE
 
 __align__(1024) unsigned char memory[SHARED_BYTES];
 
@@ -11,7 +11,7 @@ struct Thread {
 static void* start(void* given) {
     const Thread* thread = static_cast<const Thread*>(given);
     threadIdx.x = thread->place;
-    attention(*thread->arguments);
+    KERNEL(*thread->arguments);
     return nullptr;
 }
 
