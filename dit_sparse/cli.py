@@ -321,7 +321,7 @@ def tune(
     target: Annotated[str, typer.Option(help="psnr>=30, ssim>=0.9, lpips<=0.1 or speedup>=1.5.")] = "psnr>=30",
     mode: Annotated[str, typer.Option(help="quick, standard or thorough.")] = "standard",
     prompts: Annotated[Path | None, typer.Option(help="File with one prompt a line; the last is held out.")] = None,
-    pattern: Annotated[list[str] | None, typer.Option(help="drop, soft or band; may be repeated; else all.")] = None,
+    pattern: Annotated[list[str] | None, typer.Option(help="drop, soft, spread or band; repeatable; else all.")] = None,
     statistic: Annotated[str, typer.Option(help="mean or min over the clips.")] = "mean",
     dense_steps: Annotated[
         str | None, typer.Option(help="Leading steps that stay dense, a share (0.2) or a number (4); else a tenth.")
@@ -330,6 +330,7 @@ def tune(
     step_cache: Annotated[
         str | None, typer.Option(help="Verify the plan once more beside this step cache; names as in generate.")
     ] = None,
+    batch: Annotated[int, typer.Option(help="Clips that are made together, where memory allows.")] = 1,
     seed: Seed = 0,
     size: Size = None,
     frames: Frames = None,
@@ -353,6 +354,7 @@ def tune(
         dense_steps=dense_steps,
         dense_layers=dense_layers,
         step_cache=step_cache,
+        batch=batch,
         seed=seed,
         size=size,
         frames=frames,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -109,6 +109,27 @@ def heads_of(mask: BlockMask, heads: Tensor) -> BlockMask:
     if "pairs" in mask.__dict__:
         cut.__dict__["pairs"] = part(mask.pairs)
     return cut
+
+
+def join_heads(masks: Sequence[BlockMask], counts: Sequence[int], heads: Tensor) -> BlockMask:
+    """One mask of the heads of several; layouts are the first one's.
+
+    Args:
+        masks: of equal blocks, without windows and with layouts that all heads share.
+        counts: of how many heads each is. Parts that its heads, or the batch, share may have size 1.
+        heads: int64 (H,), for every head of the result its place among the heads of all the masks, one after another.
+    """
+    batch, width = max(x.lists.shape[0] for x in masks), max(x.lists.shape[-1] for x in masks)
+
+    def joined(parts: Sequence[Tensor]) -> Tensor:
+        every = [x.expand(batch, n, *x.shape[2:]) for x, n in zip(parts, counts, strict=True)]
+        return torch.cat(every, dim=1).index_select(1, heads)
+
+    lists = joined([torch.nn.functional.pad(x.lists, (0, width - x.lists.shape[-1])) for x in masks])
+    found = BlockMask(lists, joined([x.whole for x in masks]), joined([x.boundary for x in masks]), masks[0].query,
+                      masks[0].key)
+    found.__dict__["pairs"] = joined([x.pairs for x in masks])
+    return found
 
 
 def replace_heads(mask: BlockMask, other: BlockMask, take: Tensor) -> BlockMask:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 TOLERANCE = 0.15  # dB from the goal that end a search
 LOWEST, HIGHEST = 0.02, 1.0
 SLOPE = 19.6  # dB for ten times the density, where nothing is known; sol on the included model
+GAP, REACH = 3.0, 1.6  # factors of density that a line is believed across two runs, and beyond the last one
 _APART = 1.03  # two densities nearer than this factor make the same masks
 
 Points = Sequence[tuple[float, float]]
@@ -25,7 +26,8 @@ class Found:
     Args:
         density: that has it.
         psnr: of the nearest run, where it counts as the goal; else the goal.
-        how: "measured" (a run within the tolerance), "interpolated" (between two runs) or "extrapolated".
+        how: "measured" (a run within the tolerance), "interpolated" (between two runs), "extrapolated", or "guessed"
+            (the runs lie too far apart, or away, for a line: see `GAP` and `REACH`).
     """
 
     density: float
@@ -131,6 +133,10 @@ def found_at(points: Points, goal: float, *, tolerance: float = TOLERANCE) -> Fo
         return Found(density, psnr, "measured")
     values = [p for _, p in points]
     wanted = at_psnr(points, goal)
+    wanted, known = min(max(wanted, 0.001), HIGHEST), [d for d, _ in points]
     if min(values) <= goal <= max(values):
-        return Found(wanted, goal, "interpolated")
-    return Found(min(max(wanted, 0.001), HIGHEST), goal, "extrapolated")
+        below, above = (max([d for d in known if d <= wanted], default=0.0),
+                        min([d for d in known if d >= wanted], default=math.inf))
+        return Found(wanted, goal, "interpolated" if above <= GAP * below else "guessed")
+    away = min(max(d / wanted, wanted / d) for d in known)
+    return Found(wanted, goal, "extrapolated" if away <= REACH else "guessed")

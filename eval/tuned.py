@@ -6,8 +6,8 @@
     tuned.md         the tables
     presets/         what `tune` returned
 
-Work comes in the order of its weight: for each target a tuning and its held-out clips; the methods, the best of the
-earlier comparison first, one run for each target; the tunings of the other statistics; a run of each method at the
+Work comes in the order of its weight: for each target a tuning and its held-out clips, and those of the other
+statistics; the methods, the best of the earlier comparison first, one run for each target; a run of each method at the
 modelled time of each plan; further runs towards its PSNR.
 """
 
@@ -157,8 +157,8 @@ class Evaluation:
         plan = self.plan
         first, *others = plan.statistics
         yield from (job for target in plan.targets for job in self._tuning(target, first))
-        yield from self._round(1)
         yield from (job for target in plan.targets for other in others for job in self._tuning(target, other))
+        yield from self._round(1)
         yield from self._equal()
         for runs in range(2, plan.rounds + 1):
             yield from self._round(runs)
@@ -308,8 +308,9 @@ class Evaluation:
                 if goal is None or self.failure(name):
                     continue
                 at, _ = at_psnr(self, name, goal)
-                if at is None or at.how == "extrapolated" and next_density(self._line(name), goal) is not None:
-                    found.append(f"{name} at {goal:.2f} dB: {'not run' if at is None else 'only extrapolated'}")
+                rough = at is not None and at.how in ("extrapolated", "guessed")
+                if at is None or rough and next_density(self._line(name), goal) is not None:
+                    found.append(f"{name} at {goal:.2f} dB: {'not run' if at is None else f'only {at.how}'}")
         return found
 
     def _tune_job(self, target: float, statistic: str) -> Job:

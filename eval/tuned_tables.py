@@ -63,8 +63,13 @@ class Section:
 
     @property
     def judged(self) -> list[Row]:
-        """Rows of published methods with a modelled time."""
-        return [row for row in self.rows if row.cost is not None and is_published(row.method)]
+        """Rows of published methods with a modelled time that is no guess."""
+        return [row for row in self.rows if row.cost is not None and row.how != "guessed" and is_published(row.method)]
+
+    @property
+    def unsettled(self) -> list[str]:
+        """Published methods of which nothing can be said at this PSNR."""
+        return [row.method for row in self.rows if is_published(row.method) and row not in self.judged]
 
     def verdicts(self) -> dict[str, Any]:
         """Whether the plan is at least as fast as every method, and by how much better at equal time.
@@ -216,7 +221,7 @@ def _said(each: Section) -> list[str]:
     said, cost, mean = each.verdicts(), each.outcome.cost, each.outcome.mean
     if said["fastest"] is None or cost is None or mean is None:
         return ["No modelled times: nothing is said of speed."]
-    lines = []
+    lines = [f"Nothing is said of {', '.join(each.unsettled)}."] if each.unsettled else []
     for place, word, ms in (("fastest", "at_least_as_fast", cost.run),
                             ("fastest_of_sparse_calls", "at_least_as_fast_in_sparse_calls", cost.call)):
         over = "all calls" if place == "fastest" else "the sparse calls"
@@ -248,7 +253,8 @@ def _preface(run: Evaluation, environment: dict[str, Any], quick: bool) -> str:
         "Plans and methods have the same dense calls, the first fifth of the steps and layer 0; a plan may leave more "
         "dense. Methods run at the density that gives the "
         f"plan's mean PSNR on the same clips: measured within {TOLERANCE:g} dB, interpolated between two runs, or "
-        f"extrapolated beyond them. Without an option `density`, and so not here: {without}.\n"
+        "extrapolated beyond them; where its runs lie too far off for a line, the figure is guessed and does not "
+        f"count. Without an option `density`, and so not here: {without}.\n"
         "Milliseconds are modelled: one attention call of Wan2.1-14B at 720p (21x45x80 tokens, 40 heads of 128), masks "
         "and corrections included; a plan's mixture of candidates is spread over the 40 heads. `sparse calls` is the "
         "mean over calls that are sparse, as in the comparison of methods; `all calls` that over the run, dense calls "

@@ -32,6 +32,7 @@ class Plan:
         batch: clips of a batch.
         clips: held-out captions, from the first one on.
         calibration: captions after those that `tune` is given; it holds out the last two of them for itself.
+        together: of these clips, as many are made in one batch.
         targets: PSNR in dB.
         statistics: of `tune`.
         mode: of `tune`. Thorough measures what an error of each stretch of the run does to the clip: the prior is
@@ -46,7 +47,8 @@ class Plan:
     guidance: float = 3.0
     batch: int = 12
     clips: int = 12
-    calibration: int = 18
+    calibration: int = 30
+    together: int = 14
     targets: tuple[float, ...] = (26.0, 30.0, 34.0)
     statistics: tuple[str, ...] = ("mean", "min")
     mode: str = "thorough"
@@ -138,7 +140,7 @@ class Work(MethodsWork):
         start = time.perf_counter()
         preset = (self.tuner or tune)(self.pipe, f"psnr>={job['target']:g}", job["prompts"], job["mode"],
                        statistic=job["statistic"], state=self.state, progress=told,
-                       call=dict(job["call"]), costs=CostTable.modelled(), **SCHEDULE)
+                       call=dict(job["call"]), costs=CostTable.modelled(), batch=self.mine.together, **SCHEDULE)
         seconds = time.perf_counter() - start
         (self.folder / PRESETS).mkdir(exist_ok=True)
         preset.save(self.folder / PRESETS / f"{name}.json")

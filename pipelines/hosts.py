@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,30 @@ def call_host(
     Raises:
         ValueError: the host does not take one of the arguments, or made numbers that are not finite.
     """
+    return call_batch(pipe, wanted, seeds=(seed,), callback=callback, extra=extra)[0]
+
+
+def call_batch(
+    pipe: Any,
+    wanted: Mapping[str, Any],
+    *,
+    seeds: Sequence[int],
+    callback: Progress | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> list[torch.Tensor]:
+    """`call_host` for several prompts in one batch, each with the noise that its seed gives it alone.
+
+    Args:
+        pipe, callback, extra: as in `call_host`.
+        wanted: as there; with several seeds `prompt` is a list of as many texts.
+        seeds: one for each.
+
+    Returns:
+        What `call_host` returns, for each of them.
+
+    Raises:
+        ValueError: as there.
+    """
     names = accepted(pipe)
     arguments = {name: value for name, value in {**wanted, **(extra or {})}.items() if value is not None}
     unknown = [name for name in arguments if name not in names]
@@ -56,20 +80,21 @@ def call_host(
     length = _text_length(pipe, names)
     if length is not None:
         arguments.setdefault("max_sequence_length", length)
-    arguments["generator"] = torch.Generator("cpu").manual_seed(seed)
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    arguments["generator"] = generators if len(generators) > 1 else generators[0]
     arguments["output_type"] = "pt"
     if callback is not None:
         arguments.update(_progress(pipe, names, callback))
     with torch.no_grad():
         output = pipe(**arguments)
     made = output.frames if hasattr(output, "frames") else output.images
-    # [B, F, 3, H, W] from a video host, [B, 3, H, W] from an image host
-    clip = (made[0] if made.ndim == 5 else made[:1]).detach().float().cpu()
-    if not torch.isfinite(clip).all():  # as pixels they would be black
+    # [B, F, 3, H, W] from a video host, [B, 3, H, W] from an image host, whose image stands for a frame
+    clips = (made if made.ndim == 5 else made[:, None])[: len(generators)].detach().float().cpu()
+    if not torch.isfinite(clips).all():  # as pixels they would be black
         dtype = str(getattr(pipe, "dtype", "dtype")).removeprefix("torch.")
         raise ValueError(f"{type(pipe).__name__} made numbers that are not finite: its weights are damaged, or they "
                          f"do not bear {dtype}")
-    return clip.clamp(0, 1)
+    return list(clips.clamp(0, 1))
 
 
 def _text_length(pipe: Any, names: Mapping[str, inspect.Parameter]) -> int | None:

@@ -29,6 +29,7 @@ def tune(
     dense_steps: str | None = None,
     dense_layers: int = 0,
     step_cache: str | None = None,
+    batch: int = 1,
     seed: int = 0,
     size: str | None = None,
     frames: int | None = None,
@@ -77,7 +78,7 @@ def tune(
     call = host_arguments(shape.arguments())
     with refusing(), fraction_bar("tuning") as progress:
         preset = run(pipe, target, prompts, mode, patterns or "auto", statistic, seed, state=state, progress=progress,
-                     call=call, dense_steps=leading, dense_layers=dense_layers, step_cache=step_cache)
+                     call=call, dense_steps=leading, dense_layers=dense_layers, step_cache=step_cache, batch=batch)
     with refusing(OSError, prefix=f"{path} cannot be written: "):
         preset.save(path)
     if as_json:

@@ -8,7 +8,7 @@ from typing import Any
 
 __all__ = ["BUDGETS", "DENSE", "ORDERS", "PATTERNS", "Candidate", "candidates_of", "patterns_of"]
 
-PATTERNS = ("dense", "drop", "soft", "band")
+PATTERNS = ("dense", "drop", "soft", "spread", "band")
 ORDERS = ("tile", "morton")
 # Kept fractions that the oracle judges; 1 is there to check it.
 BUDGETS = (0.02, 0.03, 0.05, 0.07, 0.10, 0.15, 0.20, 0.30, 0.40, 0.60, 1.0)
@@ -20,7 +20,8 @@ class Candidate:
 
     Args:
         pattern: "dense" (all pairs), "drop" (the best key blocks of every query block by pooled scores), "soft" (the
-            same, and the other blocks enter as their means) or "band" (the key blocks nearest along the order).
+            same, and the other blocks enter as their means), "spread" (as soft, ranked by what a block loses as its
+            mean: its score and how far its keys and values spread) or "band" (the key blocks nearest along the order).
         order: what makes neighbours contiguous: "tile" (box tiles, or raster blocks where the tile is one) or "morton".
         density: kept fraction of the key blocks, forced ones included, in (0, 1]; 1 for dense.
 
@@ -62,7 +63,7 @@ DENSE = Candidate("dense")
 
 
 def candidates_of(
-    patterns: Iterable[str] = ("drop", "soft", "band"),
+    patterns: Iterable[str] = PATTERNS[1:],
     orders: Iterable[str] = ORDERS,
     budgets: Iterable[float] = BUDGETS,
 ) -> tuple[Candidate, ...]:

@@ -190,7 +190,8 @@ class CostTable:
         boxes = extra("gna", lambda row, kernel: row["attention_ms"] / kernel)
         heads, head_dim = 40, 128
         curves = {}
-        for pattern, added in (("drop", plan), ("soft", plan + max(soft, 0.0)), ("band", 0.0)):
+        # The spread of keys and values comes with their means, from the same reading.
+        for pattern, added in zip(PATTERNS[1:], (plan, plan + max(soft, 0.0), plan + max(soft, 0.0), 0.0), strict=True):
             for order, factor, moved in (("tile", boxes, 0.0), ("morton", 1.0, max(permute, 0.0))):
                 curves[f"{pattern}/{order}"] = tuple(
                     (density, (ms * factor + added + moved) / heads) for density, ms in held.kernels[_BLOCK])

@@ -56,8 +56,8 @@ def is_checks(x: Any) -> bool:
     """Whether it may stand for what the teacher-forced check measured; None does."""
     def good(entry: Any) -> bool:
         lists = [entry.get(name) for name in ("buckets", "predicted", "measured")]
-        return (set(entry) == {"patterns", "taken", "milliseconds", "buckets", "predicted", "measured"}
-                and is_text(entry["patterns"]) and isinstance(entry["taken"], bool)
+        return (set(entry) == {"patterns", "milliseconds", "buckets", "predicted", "measured"}
+                and is_text(entry["patterns"])
                 and is_number(entry["milliseconds"]) and all(isinstance(one, list) for one in lists)
                 and len({len(one) for one in lists if one is not None}) == 1)
 
@@ -99,5 +99,4 @@ def check_text(check: Mapping[str, Any]) -> str:
     """What forwards with one plan made of the velocity, bucket by bucket."""
     which = "all patterns" if check["patterns"] == "all" else f"{check['patterns']} alone"
     numbers = [" ".join(f"{x:.2g}" for x in check[name]) for name in ("predicted", "measured")]
-    taken = ", taken" if check["taken"] else ""
-    return f"{which}{taken}: velocity error by bucket predicted {numbers[0]}, measured {numbers[1]}"
+    return f"{which}: velocity error by bucket predicted {numbers[0]}, measured {numbers[1]}"

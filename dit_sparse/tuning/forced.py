@@ -1,12 +1,12 @@
 """The teacher-forced check: what forwards with a plan do to the velocity, against what was predicted for it.
 
 The weights are corrected by the ratio, and the plan is solved once more. Where one pattern alone is predicted to take
-hardly longer than the plan that mixes all of them, both are measured, and what was measured decides, not the oracle.
+hardly longer than the plan that mixes all of them, both are measured, and what was measured decides, not the oracle:
+the errors of the pattern's candidates are corrected by how much better or worse than the mix it did.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -48,32 +48,18 @@ class Check:
         """Measured over predicted, by bucket."""
         return {bucket: error / said for bucket, error in self.measured.items() if (said := self.predicted(bucket)) > 0}
 
-    def corrected(self, first: Check) -> Problem:
-        """The problem with weights corrected by the ratios.
-
-        Args:
-            first: the check of the plan that mixes all patterns. One forward a bucket says little of the scale, so
-                that its ratios are held to `RATIO`; beside it those of another plan count in full, up to the same.
-        """
-        found, common = copy.copy(self.problem), first.ratios()
-        found.weights = self.problem.weights.copy()
-        for bucket, ratio in self.ratios().items():
-            base = common.get(bucket, ratio)
-            found.weights[bucket] *= _held(base) * (_held(ratio / base) if base > 0 else 1.0)
-        return found
-
-    def to_dict(self, *, taken: bool) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain data: milliseconds of attention, and velocity errors of the buckets that were measured."""
         buckets = sorted(self.measured)
-        return {"patterns": self.patterns, "taken": taken, "milliseconds": _short(self.solution.time),
-                "buckets": buckets, "predicted": [_short(self.predicted(b)) for b in buckets],
+        return {"patterns": self.patterns, "milliseconds": _short(self.solution.time), "buckets": buckets,
+                "predicted": [_short(self.predicted(b)) for b in buckets],
                 "measured": [_short(self.measured[b]) for b in buckets]}
 
 
 def settle(
     problem: Problem, solution: Solution, measure: Measure, *, limit: float | None = None, budget: float | None = None
 ) -> tuple[Problem, Solution, list[dict[str, Any]]]:
-    """Correct the weights by what forwards with the plan do, and choose between patterns that are predicted alike.
+    """Correct weights and errors by what forwards do, with the plan and with patterns that are predicted alike.
 
     Args:
         problem: what the plan comes from; it is not changed.
@@ -83,20 +69,21 @@ def settle(
         limit, budget: what the plan was solved for, as in `Problem.solve`.
 
     Returns:
-        The problem to go on with: its weights are corrected, and it is held to one pattern where that pattern, with
-        its own corrections, takes less time within the limit (or makes a smaller error within the budget). The plan,
-        solved once more. And what was measured, as plain data.
+        The problem to go on with: its weights are corrected by the plan's ratios of measured to predicted errors, held
+        to `RATIO`, and the errors of a pattern that was measured alone by how its ratios compare with these, held to
+        the same. The plan, solved once more. And what was measured, as plain data.
     """
     checks = [Check(ALL, problem, solution, measure(solution.plan))]
     if checks[0].measured:
         checks += [Check(name, one, plan, measure(plan.plan))
                    for name, one, plan in _rivals(problem, solution, limit=limit, budget=budget)]
-    problems = [check.corrected(checks[0]) for check in checks]
-    found = [one.solve(limit=limit, budget=budget) for one in problems]
-    # Of equal ones the first: it may go on mixing.
-    best = min(range(len(found)), key=lambda i: found[i].time if budget is None else found[i].error)
-    told = [check.to_dict(taken=number == best) for number, check in enumerate(checks) if check.measured]
-    return problems[best], found[best], told
+    common = checks[0].ratios()
+    found = problem.corrected({bucket: _held(ratio) for bucket, ratio in common.items()})
+    for check in checks[1:]:
+        beside = {bucket: _held(ratio / common[bucket]) for bucket, ratio in check.ratios().items()
+                  if common.get(bucket, 0.0) > 0}
+        found = found.corrected(beside, check.patterns)
+    return found, found.solve(limit=limit, budget=budget), [check.to_dict() for check in checks if check.measured]
 
 
 def _rivals(

@@ -18,20 +18,21 @@ from torch import Tensor
 
 from ..blocklayout import BlockLayout
 from ..grid import TokenGrid
+from ..methods.auto import block_weight
 from ..methods.base import Call
-from ..methods.sol import NEAR
-from ..methods.tuned import candidate_layout, kept_blocks
+from ..methods.tuned import candidate_layout, kept_blocks, near_of
 from ..order import video_blocks
 from ..scoring import gather_tokens, head_chunks, keys_held, pool, to_slots
 from .candidates import BUDGETS, ORDERS, Candidate
 
-__all__ = ["NOISE", "OPERATORS", "RANKINGS", "Errors", "RowErrors", "ordered", "probe_head", "probe_heads",
+__all__ = ["KINDS", "NOISE", "OPERATORS", "RANKINGS", "Errors", "RowErrors", "ordered", "probe_head", "probe_heads",
            "probe_rows", "sample_rows"]
 
-RANKINGS = ("pooled", "band")
+RANKINGS = ("pooled", "spread", "band")
 OPERATORS = ("drop", "soft")
 NOISE = 1e-4  # relative squared errors below it count as equal
-_KINDS = {"drop": ("pooled", "drop"), "soft": ("pooled", "soft"), "band": ("band", "drop")}
+# What a pattern ranks by, and what becomes of the other blocks.
+KINDS = {"drop": ("pooled", "drop"), "soft": ("pooled", "soft"), "spread": ("spread", "soft"), "band": ("band", "drop")}
 
 
 def sample_rows(grid: TokenGrid, count: int = 128, text: int = 32, *, seed: int = 0) -> Tensor:
@@ -92,7 +93,7 @@ class Errors:
         if candidate.is_dense:
             zero = torch.zeros_like(self.err[0, 0, 0, 0])
             return {name: zero + (name == "mass") for name in names}
-        ranking, operator = _KINDS[candidate.pattern]
+        ranking, operator = KINDS[candidate.pattern]
         try:
             place = (self.orders.index(candidate.order), self.rankings.index(ranking), self.operators.index(operator),
                      self.budgets.index(candidate.density))
@@ -181,7 +182,8 @@ def probe_rows(
         scale: softmax scale.
         grid: what the L tokens are.
         orders: names of `candidates.ORDERS`, or their layouts where the caller has them (`ordered`).
-        rankings: of `RANKINGS`: "pooled" (mean query times mean key) and "band" (distance along the order).
+        rankings: of `RANKINGS`: "pooled" (mean query times mean key), "spread" (the same and the log of the spread of
+            the block's keys and values, see `methods.auto.block_weight`) and "band" (distance along the order).
         budgets: kept fractions in (0, 1].
         gate_out: (H, Dv, C), each head's part of the output projection times the block's gate; None: `a` is `err`.
         stream: (R, C), the residual stream that enters the layer at these rows; with gate_out.
@@ -352,12 +354,15 @@ class _Rows:
         if ranking == "band":
             scores = -apart.to(torch.float32).expand(self.out.shape[0], -1, -1)
         else:
-            means = pool(self.call.query, blocks)[0] * self.scale
+            means = self.call.block_mean("query", blocks)[0] * self.scale
             scores = means[:, own] @ of.keys.transpose(1, 2)
+        if ranking == "spread":
+            scores = scores + block_weight(self.call, blocks, soft=True)[0][:, None]
         # Forced blocks first: the near ones of the video; text takes no place in the ranking.
-        scores = scores.masked_fill(apart < NEAR, torch.inf).masked_fill(at >= video, -torch.inf)
+        pattern = next(name for name, (kind, _) in KINDS.items() if kind == ranking)
+        scores = scores.masked_fill(apart < near_of(pattern), torch.inf).masked_fill(at >= video, -torch.inf)
         rank = scores.sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
-        count = torch.tensor([kept_blocks(Candidate("drop", density=b), blocks, self.grid) for b in budgets],
+        count = torch.tensor([kept_blocks(Candidate(pattern, density=b), blocks, self.grid) for b in budgets],
                              device=own.device)
         kept = rank[:, :, None] < count[:, None]
         # Text is seen by every row, and its own rows see everything.

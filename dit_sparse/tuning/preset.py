@@ -199,7 +199,7 @@ class TunedPreset(Preset):
             mean) and "worst"; None where none was run with it.
         step_cache: of the held-out clips beside a step cache: "name", "met" and "clips", or "name" and "refused", the
             reason; None where no cache was named.
-        checks: forwards with the plans that were compared before the loop: "patterns" ("all", or one alone), "taken",
+        checks: forwards with the plans that were compared before the loop: "patterns" ("all", or one alone),
             "milliseconds" and, by bucket, the error of the velocity "predicted" and "measured"; None without any.
     """
 
@@ -399,7 +399,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "date": (is_text, "a text"),
     "loop": (is_loop, "an object with clips, measure, mean, standard_error and worst, or leave it out"),
     "step_cache": (is_cache, "an object with name, met and clips, or with name and refused, or leave it out"),
-    "checks": (is_checks, "a list of objects with patterns, taken, milliseconds, buckets, predicted and measured, or "
+    "checks": (is_checks, "a list of objects with patterns, milliseconds, buckets, predicted and measured, or "
                "leave it out"),
 }
 _OPTIONAL = ("loop", "step_cache", "checks")

@@ -20,7 +20,7 @@ from ..methods.base import Call, Method, Plan
 from ..methods.tuned import kept_blocks
 from ..schedule import Schedule
 from .candidates import DENSE, Candidate, candidates_of
-from .oracle import Errors, ordered, probe_heads, sample_rows
+from .oracle import KINDS, Errors, ordered, probe_heads, sample_rows
 from .preset import attention_layers
 
 __all__ = ["FORCED", "Forward", "Probe", "ProbeResult", "Streams", "Watcher", "bucket_edges", "dense_count",
@@ -191,8 +191,7 @@ class Probe(Method):
         """What the oracle says of one batch element of a call."""
         rows = call.cached((self, "rows"), lambda: sample_rows(call.grid, self.rows, seed=self.seed).to(call.device))
         layouts = call.cached((self, "layouts"), lambda: ordered(call.grid, device=call.device))
-        rankings = (("pooled",) if {"drop", "soft"} & set(self.patterns) else ()) + (
-            ("band",) if "band" in self.patterns else ())
+        rankings = tuple(dict.fromkeys(KINDS[name][0] for name in self.patterns))
         gate, stream = self.streams.of(call, batch, rows)
         return probe_heads(call.query[batch], call.key[batch], call.value[batch], rows, scale=call.scale,
                            grid=call.grid, orders=layouts, rankings=rankings, gate_out=gate, stream=stream,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -105,16 +105,22 @@ class Runner:
         Raises:
             ValueError: the pipeline does not take one of the arguments, or made numbers that are not finite.
         """
-        from ..pipelines.hosts import call_host
+        return self.clips([prompt], [seed])[0]
 
+    def clips(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[Tensor, float]]:
+        """`clip` of several prompts in one batch; the seconds are shared out evenly."""
+        from ..pipelines.hosts import call_batch
+
+        count = len(prompts)
+        asked = {"prompt": list(prompts) if count > 1 else prompts[0], **self.call}
         self.wait()
         start = time.perf_counter()
-        clip = call_host(self.pipe, {"prompt": prompt, **self.call}, seed=seed,
-                         callback=lambda done, steps: self.tracker.tell(0.97 * done / max(1, steps)))
+        clips = call_batch(self.pipe, asked, seeds=seeds,
+                           callback=lambda done, steps: self.tracker.tell(0.97 * count * done / max(1, steps)))
         self.wait()
         seconds = time.perf_counter() - start
-        self.tracker.add(1.0)
-        return clip, seconds
+        self.tracker.add(count)
+        return [(clip, seconds / count) for clip in clips]
 
     def wait(self) -> None:
         """Empty the GPU's queue."""

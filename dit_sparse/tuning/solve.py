@@ -103,6 +103,22 @@ class Problem:
         found.allowed = self.allowed & np.array([c.is_dense or c.pattern == pattern for c in self.probe.candidates])
         return found
 
+    def corrected(self, factors: Mapping[int, float], pattern: str | None = None) -> Problem:
+        """The same problem with the weights of some buckets times a factor; with a pattern, the errors of its
+        candidates there."""
+        found = copy.copy(self)
+        if pattern is None:
+            found.weights = self.weights.copy()
+        else:
+            found.errors = self.errors.copy()
+        these = np.array([c.pattern == pattern for c in self.probe.candidates])
+        for bucket, factor in factors.items():
+            if pattern is None:
+                found.weights[bucket] *= factor
+            else:
+                found.errors[bucket, :, :, these] *= factor
+        return found
+
     def forced_time(self) -> float:
         """Milliseconds of the steps that are dense in any case."""
         return float(self.lengths[: self.forced].sum() * self.layers * self.heads * self.costs.dense)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,24 +61,26 @@ class Steps:
 
     Args:
         pipe, target, mode, patterns, statistic, seed, prompts, state, progress, call, costs, dense_steps,
-            dense_layers, step_cache: as in `tune`, checked.
+            dense_layers, step_cache, batch: as in `tune`, checked.
 
     Attributes:
         checks: what the teacher-forced check measured.
     """
 
     step_cache: Any = None
+    batch: int = 1
 
     def __init__(
         self, pipe: Any, target: Target, mode: str, patterns: tuple[str, ...], statistic: str, seed: int,
         prompts: Sequence[str] | None, state: str | Path | None, progress: Progress | None,
         call: Mapping[str, Any] | None, costs: CostTable | None, dense_steps: float | int | None = None,
-        dense_layers: int = 0, step_cache: Any = None,
+        dense_layers: int = 0, step_cache: Any = None, batch: int = 1,
     ) -> None:
         defaults, embedded = default_call(pipe)
         self.pipe, self.target, self.patterns, self.statistic = pipe, target, patterns, statistic
         self.mode, self.given_costs, self.seed = MODES[mode], costs, seed
-        self.dense_steps, self.dense_layers, self.step_cache = dense_steps, dense_layers, step_cache
+        self.dense_steps, self.dense_layers = dense_steps, dense_layers
+        self.step_cache, self.batch = step_cache, batch
         self.model: Any = transformers_of(pipe)[0][1]
         self.call = {**defaults, **(call or {})}
         self.looped, self.held = _split(prompts, EMBEDDED if embedded else GENERAL, self.mode)
@@ -90,6 +91,8 @@ class Steps:
                  "call": {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in self.call.items()}}
         if dense_steps is not None or dense_layers:
             about["dense"] = [dense_steps, dense_layers]
+        if batch > 1:
+            about["batch"] = batch
         self.store = Store(state, about)
         self.tracker = Tracker(self.planned(), progress)
         self.runner = Runner(pipe, self.call, self.tracker)
@@ -121,30 +124,42 @@ class Steps:
         """A SparseProc that runs a plan, and nothing else unless options say so."""
         return SparseProc(Tuned(plan), dense_steps=0, dense_layers=0, strict=True, num_steps=plan.steps, **options)
 
-    def run_plan(self, plan: HeadPlan, prompt: str) -> tuple[Tensor, float]:
-        """One clip with a plan, and its seconds."""
-        clip: tuple[Tensor, float] = self.runner.with_proc(self.proc(plan), lambda: self.runner.clip(
-            prompt, self.seed_of(prompt)))
-        return clip
+    def run_plan(self, plan: HeadPlan, prompts: Sequence[str]) -> Clips:
+        """The clips of a batch of prompts with a plan, and their seconds."""
+        clips: Clips = self.runner.with_proc(self.proc(plan), lambda: self.clips_now(prompts))
+        return clips
+
+    def clips_now(self, prompts: Sequence[str]) -> Clips:
+        """The clips of a batch of prompts with what is switched on now, and their seconds."""
+        return self.runner.clips(prompts, [self.seed_of(prompt) for prompt in prompts])
+
+    def batches(self, prompts: Sequence[str]) -> Iterator[Sequence[str]]:
+        """The prompts, as many at a time as are made together."""
+        return (prompts[first : first + self.batch] for first in range(0, len(prompts), self.batch))
 
     # -- dense runs ------------------------------------------------------------------------------------------------
 
     def clips_of(self, prompts: list[str], name: str, probed: int = 0) -> Clips:
         """The dense clips of prompts, the first ones with the oracle looking on."""
+        places = {prompt: f"{name.replace(' ', '-')}-{number}" for number, prompt in enumerate(prompts)}
+        missing = [prompt for prompt in prompts if places[prompt] not in self.store]
+        self.tracker.add(len(prompts) - len(missing), resumed=True)
+        looked = [prompt for prompt in missing if prompt in prompts[:probed]]
+        others = [prompt for prompt in missing if prompt not in looked]
+        for group in (*([prompt] for prompt in looked), *self.batches(others)):
+            number = prompts.index(group[0])
+            which = f"clip {number + 1}" if len(group) == 1 else f"clips {number + 1} and {len(group) - 1} more"
+            look = group[0] in looked
+            self.tracker.begin(f"{name} {which} of {len(prompts)}" + (", with the oracle" if look else ""))
+            made = [self._look(group[0], number)] if look else self.clips_now(group)
+            for prompt, (clip, seconds) in zip(group, made, strict=True):
+                self.store.put(places[prompt], {"seconds": seconds}, {"clip": clip})
         found = []
-        for number, prompt in enumerate(prompts):
-            look, place = number < probed, f"{name.replace(' ', '-')}-{number}"
-            resumed = place in self.store
-            self.tracker.begin(f"{name} clip {number + 1} of {len(prompts)}" + (", with the oracle" if look else ""))
-            data, tensors = self.store.once(place, partial(self._clip, prompt, number if look else None))
-            if resumed:
-                self.tracker.add(1.0, resumed=True)
-            found.append((tensors["clip"], float(data["seconds"])))
+        for prompt in prompts:
+            parts = self.store.get(places[prompt])
+            assert parts is not None  # made above
+            found.append((parts[1]["clip"], float(parts[0]["seconds"])))
         return found
-
-    def _clip(self, prompt: str, probe: int | None) -> Parts:
-        clip, seconds = self.runner.clip(prompt, self.seed_of(prompt)) if probe is None else self._look(prompt, probe)
-        return {"seconds": seconds}, {"clip": clip}
 
     def _look(self, prompt: str, number: int) -> tuple[Tensor, float]:
         """A dense clip under the probe; what the oracle says is kept first, so that a clip never lacks it."""
@@ -208,7 +223,7 @@ class Steps:
         metric = "psnr" if self.target.by_time else self.target.metric
 
         def make() -> Parts:
-            clip, _ = self.run_plan(self.problem.ceiling(), self.looped[0])
+            clip, _ = self.run_plan(self.problem.ceiling(), self.looped[:1])[0]
             found = {name: min(_MOST, measure(name, dense, clip)) for name in dict.fromkeys(("psnr", metric))}
             return found, {}
 
@@ -253,7 +268,7 @@ class Steps:
                 choices[bucket] = start.choices[bucket]
                 alone = HeadPlan(start.candidates, start.edges, choices)
                 said = problem.velocity(alone, bucket) * problem.lengths[bucket]
-                clip, _ = self.run_plan(alone, self.looped[0])
+                clip, _ = self.run_plan(alone, self.looped[:1])[0]
                 if said > 0:
                     found[bucket] = max(1e-9, float((dense.double() - clip.double()).square().mean())) / said
             free = found[problem.forced :]
@@ -302,12 +317,14 @@ class Steps:
         only = None if every else "psnr" if self.target.by_time else self.target.metric
 
         def make() -> Parts:
-            found = []
-            for number, (prompt, (dense, dense_seconds)) in enumerate(zip(prompts, clips, strict=True)):
-                self.tracker.begin(f"{name}, clip {number + 1} of {len(prompts)}")
-                clip, seconds = (dense, dense_seconds) if plan.all_dense else self.run_plan(plan, prompt)
-                measured = compared(dense, clip, only, self.device())
-                found.append({**measured, "seconds": seconds, "dense_seconds": dense_seconds})
+            found: list[dict[str, Any]] = []
+            for group in self.batches(prompts):
+                references = clips[len(found) : len(found) + len(group)]
+                self.tracker.begin(f"{name}, clip {len(found) + 1} of {len(prompts)}")
+                made = references if plan.all_dense else self.run_plan(plan, group)
+                found += [{**compared(dense, clip, only, self.device()), "seconds": seconds,
+                           "dense_seconds": dense_seconds}
+                          for (dense, dense_seconds), (clip, seconds) in zip(references, made, strict=True)]
             return {"values": found}, {}
 
         # The name of the round is no part of it: a plan that ran is never run again.

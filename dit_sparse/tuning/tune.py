@@ -44,6 +44,7 @@ def tune(
     dense_steps: float | int | None = None,
     dense_layers: int = 0,
     step_cache: Any = None,
+    batch: int = 1,
 ) -> Preset:
     """Choose for every head and stretch of a run what it computes, so that a target is reached at least cost.
 
@@ -56,7 +57,7 @@ def tune(
         prompts: the last one (two in mode thorough) is held out; the closed loop runs all others, and the oracle sees
             the first 1, 2 or 4 of them. None: prompts of different motion.
         mode: "quick", "standard" or "thorough".
-        patterns: "auto", or some of "drop", "soft", "band".
+        patterns: "auto", or some of "drop", "soft", "spread", "band".
         statistic: "mean" or "min" over the clips.
         seed: of the clips and of the sampled rows.
         state: folder in which what was found is kept: the same call goes on where an earlier one was interrupted.
@@ -69,6 +70,7 @@ def tune(
         dense_layers: leading layers that stay dense in every step.
         step_cache: a step cache, as `enable` takes it. Tuning goes without; the plan is verified once beside it, on the
             held-out clips, and the preset says what came of it.
+        batch: clips that are made together, where memory allows; the oracle looks at them one by one.
 
     Returns:
         The preset, with its evidence; `met` says whether the clips of the loop and the held-out
@@ -86,6 +88,8 @@ def tune(
         raise ValueError(f"seed={seed!r} is not allowed; use a whole number of at least 0")
     if not hasattr(pipe, "components") or not callable(pipe):
         raise ValueError(f"pipe={type(pipe).__name__} is not allowed; use a Diffusers pipeline")
+    if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1 or (batch > 1 and wanted.by_time):
+        raise ValueError(f"batch={batch!r} is not allowed; use a whole number of at least 1, and 1 for a speed-up")
     Schedule(dense_steps=0.0 if dense_steps is None else dense_steps, dense_layers=dense_layers)  # checks both
     names = patterns_of(patterns)
     table = costs if isinstance(costs, CostTable) or costs is None else CostTable.load(costs)
@@ -93,7 +97,7 @@ def tune(
         try:
             check_cache(pipe, step_cache)
             return _Tuning(pipe, wanted, mode, names, statistic, seed, prompts, state, progress, call, table,
-                           dense_steps, dense_layers, step_cache).preset()
+                           dense_steps, dense_layers, step_cache, batch).preset()
         except SparseFallbackError as error:
             raise ValueError(f"tune: the pipeline cannot run sparse: {one_line(error)}") from error
 
@@ -177,13 +181,16 @@ class _Tuning(Steps):
         """The plan of least error within the time that the speed leaves; measured, unless a cost table was given."""
         dense_ms, asked = self.problem.dense_time(), self.target.value
         if self.given_costs is not None or asked <= 1:
-            return self.problem.solve(budget=dense_ms / max(asked, 1.0))
+            budget = dense_ms / max(asked, 1.0)
+            return self.teacher_forced(self.problem.solve(budget=budget), budget=budget)
         # What is not attention stays as it is.
         share = min(1.0, 1e-3 * dense_ms * self._branches() * len(clips) / sum(seconds for _, seconds in clips))
         budget = dense_ms * max(0.0, 1 - (1 - 1 / asked) / max(share, 1e-6))
         runs: list[tuple[float, Solution]] = []
         for number in range(ROUNDS):
             solution = self.problem.solve(budget=budget)
+            if number == 0:
+                solution = self.teacher_forced(solution, budget=budget)
             gained = self.speedup(solution, self.values(solution.plan, clips, self.looped, f"round {number + 1}"))
             runs.append((gained, solution))
             if gained >= asked:

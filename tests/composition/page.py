@@ -37,7 +37,8 @@ TEMPLATE = """{begin}
 {cases} cases cover all {pairs} pairs of values that are not refused; each case composes one value of every axis
 ({matrix}::test_a_composed_run_is_the_plain_one`, `tests/composition/test_cover.py`). The full product has {product:,}
 cases, 40 minutes on one core: `python -m pytest tests/composition --full-matrix`. What needs a GPU is in
-`tests/gpu/composition_checks.py` (H200, November 2026: 8 of 8 pass, [log](benchmarks/composition-h200-2026-11-checks.log)).
+`tests/gpu/composition_checks.py`: 8 of 8 pass on an H200, November 2026
+([log](benchmarks/composition-h200-2026-11-checks.log)).
 
 | axis | values | how it is run, and the plain run that it is compared with |
 | --- | --- | --- |

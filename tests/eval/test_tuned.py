@@ -86,9 +86,12 @@ def test_a_search_needs_few_runs_and_says_how_it_ended() -> None:
     # One run moves the earlier curve.
     assert next_density([(0.1, 28.0)], 30.0, [(0.1, 26.0), (0.3, 30.0)]) == pytest.approx(0.1 * 3**0.5, rel=1e-3)
     assert next_density([(0.02, 30.0)], 20.0) is None and next_density([(1.0, 25.0)], 30.0) is None
-    between, beyond = found_at([(0.1, 20.0), (0.2, 30.0)], 25.0), found_at([(0.1, 20.0)], 25.0)
+    between, beyond = found_at([(0.1, 20.0), (0.2, 30.0)], 25.0), found_at([(0.1, 20.0)], 23.0)
     assert between is not None and between.how == "interpolated" and between.density == pytest.approx(0.02**0.5)
     assert beyond is not None and beyond.how == "extrapolated" and found_at([], 1.0) is None
+    for runs, goal in (([(0.1, 20.0)], 26.0), ([(0.1, 20.0), (1.0, 58.0)], 30.0)):
+        far = found_at(runs, goal)
+        assert far is not None and far.how == "guessed", "the runs lie too far off for a line"
     falling = [(0.1, 30.0), (0.2, 29.9)]
     assert 0.05 < at_psnr(falling, 31.0) < 0.3 and math.isfinite(on_line([(0.3, 30.0)], 0.1))
 
@@ -115,7 +118,7 @@ def test_the_order_of_work_and_its_resumption(tmp_path: Path) -> None:
     assert done and run.next_job() is None and run.missing() == []
     kinds = [(job["kind"], job.get("target") or job.get("label")) for job in work.jobs]
     assert kinds[:4] == [("tune", 26.0), ("tuned", None), ("tune", 30.0), ("tuned", None)]
-    assert kinds[4][1] == "sol" and work.jobs[4]["batch"] == [0, 12, 0]
+    assert kinds[8][1] == "sol" and work.jobs[8]["batch"] == [0, 12, 0], "after the tunings of all statistics"
     assert sum(kind == "tune" for kind, _ in kinds) == 4
     for name in PLAN.methods or ():
         for target in PLAN.targets:

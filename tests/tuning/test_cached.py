@@ -94,18 +94,18 @@ def test_a_resumed_run_does_not_make_these_clips_again(
     pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = tuned(pipe, state=tmp_path, step_cache=EVERY_THIRD)
-    monkeypatch.setattr(Runner, "clip", lambda *words: pytest.fail("made again"))
+    monkeypatch.setattr(Runner, "clips", lambda *words: pytest.fail("made again"))
     assert tuned(pipe, state=tmp_path, step_cache=EVERY_THIRD).to_dict() == found.to_dict()
 
 
 @pytest.mark.parametrize(("cache", "said"), [
     ("blur", "step_cache='blur' is unknown"), ("magcache", "step_cache='magcache' needs numbers"),
-    ("teacache:no-such", "no-such"), (object(), "step_cache=object"), ("none.json", "none.json")], ids=str)
+    ("teacache:no-such", "no-such"), (1.5, "step_cache=float"), ("none.json", "none.json")], ids=str)
 def test_what_cannot_run_is_refused_before_any_clip(
     pipe: Any, monkeypatch: pytest.MonkeyPatch, cache: Any, said: str
 ) -> None:
     before = looks(pipe)
-    monkeypatch.setattr(Runner, "clip", lambda *words: pytest.fail("a clip was made"))
+    monkeypatch.setattr(Runner, "clips", lambda *words: pytest.fail("a clip was made"))
     with pytest.raises(ValueError) as error:
         tuned(pipe, step_cache=cache)
     assert said in str(error.value) and "\n" not in str(error.value) and looks(pipe) == before

@@ -64,10 +64,10 @@ def test_a_measured_table_has_every_curve_and_rises() -> None:
     said: list[float] = []
     table = measure(TokenGrid(3, 9, 9, text=5, text_at="back"), 2, 16, seconds=1.0, densities=(0.1, 0.5, 1.0),
                     progress=lambda done, text: said.append(done))
-    assert set(table.curves) == {f"{p}/{o}" for p in ("drop", "soft", "band") for o in ("tile", "morton")}
+    assert set(table.curves) == {f"{p}/{o}" for p in ("drop", "soft", "spread", "band") for o in ("tile", "morton")}
     for curve in table.curves.values():
         assert [d for d, _ in curve] == [0.1, 0.5, 1.0]
         assert curve[0][1] > 0 and all(a[1] <= b[1] for a, b in zip(curve, curve[1:], strict=False))
     assert table.dense > 0 and table.mixed >= 1 and min(table.fixed.values()) >= 0 and table.where["device"] == "CPU"
-    assert said == sorted(said) and len(said) == 18 and max(said) < 1
+    assert said == sorted(said) and len(said) == 24 and max(said) < 1
     assert CostTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table

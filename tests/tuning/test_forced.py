@@ -1,4 +1,4 @@
-"""The teacher-forced check: corrected weights, and patterns that are predicted alike compared by what was measured."""
+"""The teacher-forced check: what was measured corrects the weights, and patterns that are predicted alike."""
 
 from __future__ import annotations
 
@@ -71,9 +71,15 @@ def test_patterns_that_are_predicted_alike_are_decided_by_forwards(
     made = problem()
     found, plan, told, _ = settled(made, factors, **asked)
     assert [one["patterns"] for one in told] == ["all", "drop", "soft"]
-    assert [one["patterns"] for one in told if one["taken"]] == [taken]
-    assert patterns_of(plan.plan) == ({"drop", "soft"} if taken == "all" else {taken})
-    assert patterns_of(found.solve(limit=2 * LIMIT).plan) == patterns_of(plan.plan), "the loop goes on with it"
+    heads = [plan.plan.candidates[i].pattern for i in plan.plan.choices[1:].reshape(-1)]
+    drop, soft = heads.count("drop"), heads.count("soft")
+    assert min(drop, soft) > 3 if taken == "all" else (soft > 3 * drop if taken == "soft" else drop > 3 * soft)
+    for number, one in enumerate(KINDS[1:], 1):
+        beside = factors[one.pattern] / factors["all"]
+        ratios = found.errors[1:, ..., number] / made.errors[1:, ..., number]
+        # Of buckets that the plan leaves dense nothing is known.
+        assert np.minimum(abs(ratios - beside), abs(ratios - 1)).max() < 0.01 and abs(ratios - beside).min() < 0.01
+    assert found.allowed is made.allowed, "no pattern is ruled out"
     for one in told:
         assert one["measured"] == pytest.approx([factors[one["patterns"]] * x for x in one["predicted"]], rel=1e-3)
     assert patterns_of(made.solve(limit=LIMIT).plan) == {"drop", "soft"} and (made.weights == 1).all(), "not changed"

@@ -17,6 +17,7 @@ from dit_sparse.tuning.tune import _best, _Tuning
 LOOPED = [f"loop {n}" for n in range(10)]
 SPREAD = np.linspace(-6, 6, len(LOOPED))  # dB around the mean: a standard error of 1.28
 RESERVE = 2.136  # what is taken off the mean of these
+LOW = 9.68  # how far below their mean the worst clip counts
 
 
 class Problem:
@@ -93,16 +94,17 @@ def test_other_clips_reach_the_target_in_19_of_20_cases(count: int, shape: str) 
     # The worst of n clips: one of 12 others may miss.
     worst = [sorted(row[count:])[1] + target.wanted_db() - target.cautious_db(list(30 + row[:count]), "min") >= 0
              for row in clips]
-    assert np.mean(worst) >= (0.72 if count == 10 else 0.84)
+    assert np.mean(worst) >= 0.945
 
 
-def test_a_mean_keeps_a_reserve_for_other_clips() -> None:
+def test_there_is_a_reserve_for_other_clips() -> None:
     target = Target.parse("psnr>=30")
     values = [30.0 + float(x) for x in SPREAD]
     assert target.cautious_db(values, "mean") == pytest.approx(30 - RESERVE, abs=0.01)
     assert target.cautious_db([30.0, 30.1, 30.2], "mean") == pytest.approx(30.1), "the margin covers a small spread"
     assert target.cautious_db(values[:2], "mean") == pytest.approx(np.mean(values[:2])), "two say nothing of a spread"
-    assert target.cautious_db(values, "min") == pytest.approx(24.0)
+    assert target.cautious_db(values, "min") == pytest.approx(30 - LOW, abs=0.01)
+    assert target.cautious_db([30.0, 40.0, 40.1], "min") <= 30, "the worst of them is no better than it is"
     assert target.cautious_db([1e6] * 4, "mean") == math.inf and target.standard_error([30.0]) == 0
     ssim = Target.parse("ssim>=0.9")
     assert ssim.cautious_db([0.9, 0.9, 0.9], "mean") == pytest.approx(10.0)
@@ -122,10 +124,10 @@ def test_the_loop_aims_above_the_target_by_the_standard_error(target: str, bend:
     assert 0.45 < above < 0.9
 
 
-def test_the_worst_clip_is_held_to_the_target_itself() -> None:
+def test_for_the_worst_clip_the_loop_aims_at_that_of_others() -> None:
     run = Fake("psnr>=30", "min")
     found = run.loop([(None, 1.0)] * len(LOOPED))
-    assert 30.45 < run.mean_of(found) - 6 < 30.9
+    assert 30.45 < run.mean_of(found) - LOW < 30.9
 
 
 def test_dense_is_the_last_resort() -> None:

@@ -11,11 +11,14 @@ from dit_sparse.blockmask import BlockMask
 from dit_sparse.grid import TokenGrid
 from dit_sparse.inspect import planted_call
 from dit_sparse.kernels.attention import block_sparse_attention
+from dit_sparse.methods.auto import block_weight
 from dit_sparse.methods.base import Call
 from dit_sparse.methods.sol import Sol
-from dit_sparse.methods.tuned import Tuned
+from dit_sparse.methods.tuned import Tuned, kept_blocks
+from dit_sparse.order import video_blocks
 from dit_sparse.routing import lists_of_scores
-from dit_sparse.tuning.candidates import DENSE, Candidate
+from dit_sparse.selection import Rule
+from dit_sparse.tuning.candidates import DENSE, PATTERNS, Candidate
 from dit_sparse.tuning.headplan import HeadPlan
 from dit_sparse.tuning.oracle import Errors, ordered, probe_head, probe_heads, probe_rows, sample_rows
 
@@ -30,7 +33,7 @@ def made(grid: TokenGrid, heads: int = 3, seed: int = 0) -> Call:
 
 def attended(call: Call, candidate: Candidate) -> Tensor:
     """(L, H, D): what the methods that a candidate stands for compute."""
-    method = Sol(density=candidate.density, order=NAMES[candidate.order], soft=candidate.pattern == "soft")
+    method = Sol(density=candidate.density, order=NAMES[candidate.order], soft=candidate.pattern in ("soft", "spread"))
     plan = method.plan(call)
     mask = plan.mask
     assert mask is not None
@@ -39,6 +42,14 @@ def attended(call: Call, candidate: Candidate) -> Tensor:
         at = torch.arange(blocks.blocks)
         far = -(at[:, None] - at).abs().float().expand(1, call.query.shape[2], -1, -1)
         mask = lists_of_scores(far, blocks, blocks, method.rule(call, blocks))
+
+    if candidate.pattern == "spread":
+        blocks = mask.query
+        query, key = (call.block_mean(name, blocks) for name in ("query", "key"))
+        scores = query @ key.mT * call.scale + block_weight(call, blocks, soft=True)[:, :, None]
+        video = slice(0, video_blocks(blocks, call.grid))
+        rule = Rule("top_k", kept_blocks(candidate, blocks, call.grid), rows=video, columns=video, near=1)
+        mask = lists_of_scores(scores, blocks, blocks, rule)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, m: BlockMask) -> tuple[Tensor, Tensor]:
         return block_sparse_attention(q, k, v, m, scale=call.scale, key_mask=call.key_mask)
@@ -53,7 +64,7 @@ def test_it_predicts_what_the_methods_compute(grid: TokenGrid) -> None:
     found = probe_heads(call.query[0], call.key[0], call.value[0], rows, scale=call.scale, grid=grid,
                         budgets=(0.05, 0.2, 0.5))
     dense = attended(call, Candidate("drop", "tile", 1.0))[rows]
-    for pattern in ("drop", "soft", "band"):
+    for pattern in PATTERNS[1:]:
         for order in ("tile", "morton"):
             for density in (0.05, 0.2, 0.5):
                 candidate = Candidate(pattern, order, density)
@@ -207,10 +218,12 @@ def test_what_is_not_allowed_is_refused() -> None:
 def test_the_plan_of_tune_keeps_what_was_judged(grid: TokenGrid) -> None:
     """All patterns side by side in one layer, as `methods.tuned` runs them."""
     chosen = tuple(Candidate(p, o, d) for p, o, d in (("drop", "tile", 0.2), ("soft", "morton", 0.05),
-                                                      ("band", "morton", 0.3), ("soft", "tile", 0.1)))
-    call = made(grid, 4)
+                                                      ("band", "morton", 0.3), ("soft", "tile", 0.1),
+                                                      ("spread", "morton", 0.1), ("spread", "tile", 0.02)))
+    heads = len(chosen)
+    call = made(grid, heads)
     call.num_steps, rows = 1, sample_rows(grid, 40, 4)
-    table = HeadPlan(chosen, (0, 1), np.arange(4, dtype=np.uint8).reshape(1, 1, 4))
+    table = HeadPlan(chosen, (0, 1), np.arange(heads, dtype=np.uint8).reshape(1, 1, heads))
     plan = Tuned(table).plan(call)
     assert plan.mask is not None
 

@@ -104,7 +104,7 @@ def test_options_beside_a_preset(pipe: Any) -> None:
 LOOP = {"clips": 3, "measure": "psnr", "mean": 31.25, "standard_error": 0.5, "worst": 30.0}
 
 CACHE = {"name": "teacache", "met": True, "clips": [{"prompt_hash": "ab", "psnr": 30.5, "answered": 0.4}]}
-CHECK = {"patterns": "soft", "taken": True, "milliseconds": 12.5, "buckets": [1, 2], "predicted": [0.1, 0.002],
+CHECK = {"patterns": "soft", "milliseconds": 12.5, "buckets": [1, 2], "predicted": [0.1, 0.002],
          "measured": [0.2, 0.001]}
 
 WRONG = [
@@ -126,7 +126,7 @@ WRONG = [
     ("step_cache", {**CACHE, "met": 1}, "step_cache="), ("step_cache", {**CACHE, "clips": 3}, "step_cache="),
     ("step_cache", {"name": "x", "refused": "a\nb"}, "step_cache="), ("checks", CHECK, "checks="),
     ("checks", [{**CHECK, "measured": [0.1]}], "checks="), ("checks", [{"patterns": "all"}], "checks="),
-    ("checks", [{**CHECK, "taken": None}], "checks="), ("checks", [{**CHECK, "predicted": None}], "checks="),
+    ("checks", [{**CHECK, "taken": True}], "checks="), ("checks", [{**CHECK, "predicted": None}], "checks="),
 ]
 
 
@@ -156,14 +156,14 @@ def test_what_forwards_and_a_step_cache_showed_is_kept_and_told(pipe: Any, tmp_p
     assert "step_cache" not in held and "checks" not in held, "older files have none"
     told = []
     for number, cache in enumerate((CACHE, {**CACHE, "met": False}, {"name": "teacache", "refused": "out of memory"})):
-        preset = preset_for(pipe, step_cache=cache, checks=(CHECK, {**CHECK, "patterns": "all", "taken": False}))
+        preset = preset_for(pipe, step_cache=cache, checks=(CHECK, {**CHECK, "patterns": "all"}))
         preset.save(tmp_path / f"{number}.json")
         loaded = Preset.load(tmp_path / f"{number}.json")
         assert loaded.to_dict() == preset.to_dict() and loaded.to_dict()["step_cache"] == cache
         told.append(loaded.describe())
     assert "teacache: met on 1 held-out clip" in told[0] and "40% of the attention calls answered" in told[0]
     assert "teacache: NOT met" in told[1] and "teacache: not run, out of memory" in told[2]
-    assert "soft alone, taken: velocity error by bucket predicted 0.1 0.002, measured 0.2 0.001" in told[0]
+    assert "soft alone: velocity error by bucket predicted 0.1 0.002, measured 0.2 0.001" in told[0]
     assert "all patterns: velocity error" in told[0]
 
 

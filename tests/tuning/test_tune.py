@@ -67,10 +67,9 @@ def test_targets(tmp_path: Path) -> None:
         call_host(pipe, {"prompt": PROMPTS[1], **CALL, "height": 128, "width": 128}, seed=1)
     disable(pipe)
 
-    # What was measured before the loop is told; of the plans that were compared one is taken.
+    # What was measured before the loop is told.
     for preset in found:
         assert preset.checks is not None and preset.checks[0]["patterns"] == "all"
-        assert sum(check["taken"] for check in preset.checks) == 1
         assert all(min(check["measured"]) > 0 for check in preset.checks)
 
 
@@ -105,15 +104,15 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     pipe = small()
     want = quick(pipe, "psnr>=30", **SHORT)
     made: list[str] = []
-    plain = Runner.clip
+    plain = Runner.clips
 
-    def counted(self: Any, prompt: str, seed: int) -> Any:
-        made.append(prompt)
+    def counted(self: Any, prompts: list[str], seeds: list[int]) -> Any:
+        made.extend(prompts)
         if len(made) == 3:
             raise Stop
-        return plain(self, prompt, seed)
+        return plain(self, prompts, seeds)
 
-    monkeypatch.setattr(Runner, "clip", counted)
+    monkeypatch.setattr(Runner, "clips", counted)
     before = looks(pipe)
     with pytest.raises(Stop):
         quick(pipe, "psnr>=30", state=tmp_path, **SHORT)
@@ -129,6 +128,28 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert rest > 0 and not made, "all is known by now"
     with pytest.raises(ValueError, match="belongs to another run: seed=0, not 7"):
         quick(pipe, "psnr>=30", state=tmp_path, seed=7, **SHORT)
+
+
+def test_clips_made_together_are_those_made_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dit_sparse.tuning.run import Runner
+
+    pipe, prompts = small(), [f"a {colour} circle" for colour in ("red", "blue", "green", "pink")]
+    alone = tune(pipe, "psnr>=30", prompts, "quick", **SHORT)
+    plain, sizes = Runner.clips, list[int]()
+
+    def counted(self: Any, prompts: list[str], seeds: list[int]) -> Any:
+        sizes.append(len(prompts))
+        return plain(self, prompts, seeds)
+
+    monkeypatch.setattr(Runner, "clips", counted)
+    found = tune(pipe, "psnr>=30", prompts, "quick", batch=2, **SHORT)
+    assert isinstance(found, TunedPreset) and isinstance(alone, TunedPreset)
+    assert sizes[:4] == [1, 2, 2, 1], "one under the oracle, two dense, then a plan's three"
+    assert found.evidence[0]["psnr"] == pytest.approx(alone.evidence[0]["psnr"], abs=0.05)
+    assert (found.choices == alone.choices).all()
+    for wrong, target in ((0, "psnr>=30"), (2.0, "psnr>=30"), (2, "speedup>=1.5")):
+        with pytest.raises(ValueError, match="batch="):
+            quick(pipe, target, batch=wrong, **SHORT)
 
 
 def test_a_failure_leaves_the_pipe_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

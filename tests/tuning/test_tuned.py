@@ -18,7 +18,8 @@ from dit_sparse.tuning.headplan import HeadPlan
 from tests.waits import Waits
 
 KINDS = (DENSE, Candidate("drop", "tile", 0.2), Candidate("soft", "tile", 0.3), Candidate("band", "morton", 0.4),
-         Candidate("soft", "morton", 0.15), Candidate("drop", "tile", 0.6))
+         Candidate("soft", "morton", 0.15), Candidate("drop", "tile", 0.6), Candidate("spread", "tile", 0.15),
+         Candidate("spread", "morton", 0.3), Candidate("band", "tile", 0.1))
 GRIDS = [TokenGrid(5, 7, 9), TokenGrid(5, 7, 9, text=11, text_at="back"), TokenGrid(3, 8, 8, text=5, text_at="front")]
 
 
@@ -65,14 +66,23 @@ def test_a_mixture_equals_each_head_alone(grid: TokenGrid) -> None:
     assert torch.allclose(out[:, :, :1], dense, atol=1e-6)
 
 
+def test_a_band_of_one_width_stands_beside_ranked_heads() -> None:
+    """Lists that all of its heads share are spread over them."""
+    call = call_of(TokenGrid(5, 7, 9), 4)
+    kinds = (1, 8, 6, 8)  # drop, band, spread, band, all in tiles
+    out, _, _ = run(one_layer(*kinds), call)
+    for head, kind in enumerate(kinds):
+        assert torch.allclose(out[:, :, head], run(one_layer(kind), alone(call, head))[0][:, :, 0], atol=1e-6, rtol=0)
+
+
 def test_heads_agree_with_the_twins() -> None:
     call = call_of(TokenGrid(5, 7, 9), 1)
-    for head in (1, 2, 3, 4):
+    for head in range(1, len(KINDS)):
         method = one_layer(head)
         out, _, _ = run(method, call)
         plan = method.plan(call)
         assert plan.mask is not None
-        if KINDS[head].pattern == "soft":
+        if KINDS[head].pattern in ("soft", "spread"):
             want, _ = soft_reference(call.query, call.key, call.value, plan.mask, call.scale)
         else:
             want, _ = attention_reference(call.query, call.key, call.value, plan.mask.token_mask(), call.scale, None)
@@ -148,6 +158,6 @@ def test_candidates_are_checked() -> None:
     found = candidates_of(("soft", "drop"), ("tile",), (0.2, 0.1, 1.0))
     assert [str(c) for c in found] == ["dense", "soft 0.1 (tile)", "soft 0.2 (tile)", "drop 0.1 (tile)",
                                        "drop 0.2 (tile)"]
-    assert patterns_of("auto") == ("drop", "soft", "band") and patterns_of(["soft", "dense"]) == ("soft",)
+    assert patterns_of("auto") == ("drop", "soft", "spread", "band") and patterns_of(["soft", "dense"]) == ("soft",)
     with pytest.raises(ValueError, match="patterns='sof'"):
         patterns_of("sof")
