@@ -17,7 +17,7 @@ from .scoring import gather_tokens, head_chunks, real_keys, to_slots
 __all__ = ["budget_errors"]
 
 _LEAST = 1e-30  # of a row's mass
-_MOST_BUDGETS, _MOST_BLOCKS = 16, 8192  # the kernel's
+_MOST_BUDGETS = 16  # the kernel's
 
 
 def budget_errors(
@@ -64,6 +64,8 @@ def budget_errors(
         raise ValueError(f"budget_errors: value is {value.dtype} {tuple(value.shape)}, query {query.dtype}, key "
                          f"{key.dtype} {tuple(key.shape)}; use one dtype and (B, L, H, Dv)")
     check_shape("budget_errors: left", left, (B, H, R, n), dtypes=(torch.int32,))
+    if (entry is None) != (mean_value is None):
+        raise ValueError("budget_errors: entry and mean_value belong together; give both or neither")
     if entry is not None and mean_value is not None:
         check_shape("budget_errors: entry", entry, (B, H, R, n), dtypes=(torch.float32,))
         check_shape("budget_errors: mean_value", mean_value, (B, H, n, value.shape[3]), dtypes=(torch.float32,))

@@ -131,12 +131,15 @@ def found_at(points: Points, goal: float, *, tolerance: float = TOLERANCE) -> Fo
     density, psnr = min(points, key=lambda point: abs(point[1] - goal))
     if abs(psnr - goal) <= tolerance:
         return Found(density, psnr, "measured")
-    values = [p for _, p in points]
-    wanted = at_psnr(points, goal)
-    wanted, known = min(max(wanted, 0.001), HIGHEST), [d for d, _ in points]
-    if min(values) <= goal <= max(values):
-        below, above = (max([d for d in known if d <= wanted], default=0.0),
-                        min([d for d in known if d >= wanted], default=math.inf))
-        return Found(wanted, goal, "interpolated" if above <= GAP * below else "guessed")
+    known = [d for d, _ in points]
+    wanted = min(max(at_psnr(points, goal), 0.001), HIGHEST)
+    if min(known) <= wanted <= max(known):
+        return Found(wanted, goal, "guessed" if is_far(wanted, known) else "interpolated")
     away = min(max(d / wanted, wanted / d) for d in known)
     return Found(wanted, goal, "extrapolated" if away <= REACH else "guessed")
+
+
+def is_far(density: float, known: Sequence[float]) -> bool:
+    """Whether the runs on both sides of a density lie too far apart for a line between them."""
+    below, above = [d for d in known if d <= density], [d for d in known if d >= density]
+    return bool(below and above) and min(above) > GAP * max(below)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .attention_time import Times
-from .density_search import LOWEST, Found, Prior, found_at, next_density, on_line
+from .density_search import LOWEST, Found, Prior, found_at, is_far, next_density, on_line
 from .methods import SCHEDULE, Comparison, entry_of
 from .run import Job, Result, finished, job_key, run
 from .tuned_work import Cost, OutOfTimeError, Plan, plan_cost
@@ -343,7 +343,8 @@ def at_time(run: Evaluation, name: str, run_ms: float) -> tuple[float | None, st
     density = run.density_at(name, run_ms)
     if density is None:
         return None, "never so fast"
-    if not is_near(density, [point.density for point in points]):
+    known = [point.density for point in points]
+    if not is_near(density, known) or is_far(density, known):
         return None, f"not run near density {density:.3f}"
     return on_line([(point.density, point.psnr) for point in points], density), ""
 

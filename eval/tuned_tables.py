@@ -91,13 +91,14 @@ class Section:
             found[f"fastest{word}"] = (best.method, getattr(best.cost, name))
             place = "at_least_as_fast" + ("_in_sparse_calls" if word else "")
             found[place] = getattr(cost, name) <= getattr(best.cost, name)
-        equal = [row for row in self.judged if row.equal is not None]
+        published = [row for row in self.rows if not row.why and is_published(row.method)]
+        equal = [row for row in published if row.equal is not None]
         if equal:
             top = max(equal, key=lambda row: row.equal or 0.0)
             found["best_at_equal_time"] = (top.method, top.equal)
             found["better_by"] = mean - (top.equal or 0.0)
             found["enough"] = found["better_by"] >= BETTER
-        elif all(row.unequal == "never so fast" for row in self.judged):
+        elif all(row.unequal == "never so fast" for row in published):
             found["enough"] = True
         return found
 

@@ -59,7 +59,7 @@ def takes_cuda(blocks: Blocks, plan: Plan, cuda: bool | None) -> bool:
     turns. e4m3, density .25: 40 heads 815 -> 863, 12 heads 794 -> 837; .1: 768 -> 785, 762 -> 789. INT8, .25: 773 ->
     840, 752 -> 837; .1: 738 -> 779, 745 -> 794. A random order, 40 heads, density .25, quantising included: e4m3 688
     -> 838, INT8 739 -> 814. Head dims up to 64 are left to Gluon, whose tiles are half as wide there. A call that only
-    the machine keeps from this kernel is counted in `starting.fallbacks`.
+    the machine keeps from this kernel is counted in `fallbacks`.
 
     Args:
         blocks, plan: of the call.

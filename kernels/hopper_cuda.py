@@ -58,7 +58,7 @@ def cuda_reasons(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks) -> l
 
 
 def takes_cuda(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, tuning: Tuning) -> bool:
-    """Whether a call goes to this kernel. One that would, but for the machine, is counted in `starting.fallbacks`.
+    """Whether a call goes to this kernel. One that would, but for the machine, is counted in `fallbacks`.
 
     Args:
         query, key, value, blocks: as for `block_sparse_attention_cuda`.

@@ -69,10 +69,13 @@ class Starting:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
-                if kind in self.started or not able():
+                # An error while a graph is captured says nothing of the kernel, and has spoilt the capture.
+                capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+                if kind in self.started or capturing or not able():
                     raise
                 words = str(error).strip().splitlines()
                 self.failed[kind] = f"{self.kernel} did not start ({type(error).__name__}: {words[0] if words else ''})"
                 warnings.warn(f"{self.failed[kind]}: such calls run on {self.other}", stacklevel=3)
+        other = second()
         fallbacks[self.failed[kind]] += 1
-        return second()
+        return other

@@ -51,14 +51,14 @@ def tune(
     from ..stepcache import check_name
     from ..tuning.candidates import patterns_of
     from ..tuning.steps import MODES
-    from ..tuning.targets import STATISTICS, Target
+    from ..tuning.targets import STATISTICS, Target, check_batch
 
     check_seed(seed)
     for flag, value, allowed in (("--mode", mode, tuple(MODES)), ("--statistic", statistic, STATISTICS)):
         if value not in allowed:
             raise UserError(f"{flag} {value!r} is not allowed; use one of {', '.join(allowed)}")
     with refusing():
-        Target.parse(target)
+        check_batch(batch, Target.parse(target))
         patterns_of(patterns or "auto")
         check_name(step_cache)
         leading = None if dense_steps is None else parse_options([f"dense_steps={dense_steps}"])["dense_steps"]

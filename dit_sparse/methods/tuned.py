@@ -164,8 +164,8 @@ class Tuned(Method):
     scored: ClassVar[bool] = True
     parts: ClassVar[dict[str, str]] = {
         "order": "tiles or Morton curve, per head",
-        "score": "mean query times mean key, or distance along the order, per head",
-        "select": "top-k per row with a budget per head; own block and neighbours; text",
+        "score": "mean query times mean key, some plus the log of the block's spread, or distance, per head",
+        "select": "top-k per row with a budget per head; own block, some with neighbours; text",
         "operate": "drop or soft, per head; some heads dense",
         "remember": "masks may be kept for some steps (refresh)",
     }

@@ -72,8 +72,9 @@ def verify_with_cache(run: Steps, solution: Solution, dense: Clips) -> dict[str,
     try:
         place = f"cached-{_identity(run.step_cache)}-{digest(plan)}-{_short(run.held)}"
         values = list(run.store.once(place, make)[0]["values"])
-    except (ValueError, RuntimeError) as error:  # the plan stands without the cache: its preset is not lost
-        return {"name": name, "refused": " ".join(reason_of(error).split())[:200]}
+    except Exception as error:  # whatever it is: the plan stands without the cache, its preset is not lost
+        reason = "".join(letter if letter.isprintable() else " " for letter in reason_of(error))
+        return {"name": name, "refused": " ".join(reason.split())[:200] or type(error).__name__}
     entries = [_entry(run, prompt, value) for prompt, value in zip(run.held, values, strict=True)]
     return {"name": name, "met": _met(run, solution, values), "clips": entries}
 
@@ -104,10 +105,10 @@ def _met(run: Steps, solution: Solution, values: list[dict[str, Any]]) -> bool:
 
 
 def _entry(run: Steps, prompt: str, value: dict[str, Any]) -> dict[str, Any]:
-    """What is saved of a clip; wall times only where the costs were measured here too."""
+    """What is saved of a clip; wall times only where the costs were measured here too, clips one at a time."""
     found = clip_entry(prompt, run.seed_of(prompt), value)
     found |= {"answered": round(value["answered"], 4), "skipped_steps": value["skipped_steps"]}
-    if run.given_costs is None:
+    if run.given_costs is None and run.batch == 1:
         found["speedup"] = round(value["dense_seconds"] / value["seconds"], 3)
     return found
 

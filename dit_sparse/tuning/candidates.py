@@ -84,7 +84,7 @@ def patterns_of(patterns: str | Sequence[str]) -> tuple[str, ...]:
     """Read the `patterns` option: "auto" means all.
 
     Raises:
-        ValueError: an unknown name; one line.
+        ValueError: an unknown name, or none that is sparse; one line.
     """
     if patterns == "auto":
         return PATTERNS[1:]
@@ -92,4 +92,7 @@ def patterns_of(patterns: str | Sequence[str]) -> tuple[str, ...]:
     for name in names:
         if name not in PATTERNS:
             raise ValueError(f"patterns={name!r} is not allowed; use 'auto' or some of {', '.join(PATTERNS)}")
-    return tuple(n for n in dict.fromkeys(names) if n != "dense")
+    sparse = tuple(n for n in dict.fromkeys(names) if n != "dense")
+    if not sparse:
+        raise ValueError(f"patterns={patterns!r} leaves nothing sparse; add some of {', '.join(PATTERNS[1:])}")
+    return sparse

@@ -29,7 +29,7 @@ from ..report import Stopwatch
 from .candidates import DENSE, ORDERS, PATTERNS, Candidate, candidates_of
 from .headplan import HeadPlan
 
-__all__ = ["DENSITIES", "FORMAT", "CostTable", "measure"]
+__all__ = ["DENSITIES", "FORMAT", "CostTable", "measure", "timed"]
 
 FORMAT = "dit-sparse cost table 1"
 DENSITIES = (0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
@@ -197,6 +197,24 @@ class CostTable:
                     (density, (ms * factor + added + moved) / heads) for density, ms in held.kernels[_BLOCK])
         return cls({**held.where, "modelled": "Wan2.1-14B at 720p"}, held.grid, heads, head_dim, held.dense_ms / heads,
                    curves, {})
+
+
+def timed(table: CostTable, patterns: Sequence[str], *, chosen: bool) -> tuple[str, ...]:
+    """The patterns that a table has times of in every order.
+
+    Args:
+        table: of any version.
+        patterns: that are wanted.
+        chosen: they were asked for by name: a table that lacks one is refused.
+
+    Raises:
+        ValueError: the table lacks one that was asked for, or has none; one line.
+    """
+    there = tuple(name for name in patterns if all(f"{name}/{order}" in table.curves for order in ORDERS))
+    if not there or (chosen and there != tuple(patterns)):
+        lacking = ", ".join(name for name in patterns if name not in there)
+        raise ValueError(f"costs have no times of {lacking}; measure them again, or leave them out")
+    return there
 
 
 def measure(

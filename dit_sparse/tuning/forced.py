@@ -7,6 +7,7 @@ the errors of the pattern's candidates are corrected by how much better or worse
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from .solve import Problem, Solution
 __all__ = ["ALL", "NEAR", "Check", "Measure", "settle"]
 
 ALL = "all"  # the plan that may mix all patterns
-NEAR = 0.05  # of the predicted time: patterns that are as near as that are compared by forwards
+NEAR = 0.05  # of the predicted time or error: patterns that are as near as that are compared by forwards
 RATIO = (0.2, 5.0)  # what the check may change the weights by
 
 Measure = Callable[[HeadPlan], Mapping[int, float]]
@@ -46,7 +47,8 @@ class Check:
 
     def ratios(self) -> dict[int, float]:
         """Measured over predicted, by bucket."""
-        return {bucket: error / said for bucket, error in self.measured.items() if (said := self.predicted(bucket)) > 0}
+        return {bucket: error / said for bucket, error in self.measured.items()
+                if (said := self.predicted(bucket)) > 0 and math.isfinite(error)}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: milliseconds of attention, and velocity errors of the buckets that were measured."""
@@ -83,18 +85,21 @@ def settle(
         beside = {bucket: _held(ratio / common[bucket]) for bucket, ratio in check.ratios().items()
                   if common.get(bucket, 0.0) > 0}
         found = found.corrected(beside, check.patterns)
-    return found, found.solve(limit=limit, budget=budget), [check.to_dict() for check in checks if check.measured]
+    told = [one.to_dict() for one in checks if one.measured and all(map(math.isfinite, one.measured.values()))]
+    return found, found.solve(limit=limit, budget=budget), told
 
 
 def _rivals(
     problem: Problem, solution: Solution, *, limit: float | None, budget: float | None
 ) -> list[tuple[str, Problem, Solution]]:
-    """The plans of one pattern alone that are predicted to take at most 5 % longer, where they are other plans."""
+    """The plans of one pattern alone that are predicted to take at most 5 % longer (within a budget of time: to make
+    an error of at most 5 % more), where they are other plans."""
     found: list[tuple[str, Problem, Solution]] = []
     for name in dict.fromkeys(c.pattern for c in problem.probe.candidates if not c.is_dense):
         alone = problem.only(name)
         plan = alone.solve(limit=limit, budget=budget)
-        near = plan.time <= solution.time * (1 + NEAR) and not plan.plan.all_dense
+        more = plan.time / solution.time if budget is None else plan.error / max(solution.error, 1e-30)
+        near = more <= 1 + NEAR and not plan.plan.all_dense
         if near and not any(_same(plan.plan, other.plan) for other in (solution, *(one for _, _, one in found))):
             found.append((name, alone, plan))
     return found

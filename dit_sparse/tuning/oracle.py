@@ -3,8 +3,8 @@
 A candidate is an order of the tokens, a ranking of the key blocks, an operator and a budget. For the sampled rows the
 exact attention is summed up per key block once; ranking the blocks then gives the outputs of all budgets together. How
 tokens sit in blocks, and how many of them a budget keeps, is asked of the method that runs the plan (`methods.tuned`);
-text, the own block and its neighbours come first there and here. Products are float32 whatever the activations are:
-below an error of 1e-4 half precision would measure its own noise.
+text, the own block and, by pattern, its neighbours come first there and here. Products are float32 whatever the
+activations are: below an error of 1e-4 half precision would measure its own noise.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .link import mse_of, psnr_of
 
-__all__ = ["SIGNS", "STATISTICS", "Target", "measure"]
+__all__ = ["SIGNS", "STATISTICS", "Target", "check_batch", "measure"]
 
 STATISTICS = ("mean", "min")
 SIGNS = {"psnr": ">=", "ssim": ">=", "lpips": "<=", "speedup": ">="}
@@ -133,6 +133,16 @@ class Target:
 
 def _standard_error(values: Sequence[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def check_batch(batch: object, target: Target) -> None:
+    """See that so many clips can be made together: clips that are timed are made one at a time.
+
+    Raises:
+        ValueError: they cannot; one line.
+    """
+    if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1 or (batch > 1 and target.by_time):
+        raise ValueError(f"batch={batch!r} is not allowed; use a whole number of at least 1, and 1 for a speed-up")
 
 
 def measure(metric: str, reference: Tensor, clip: Tensor) -> float:

@@ -10,13 +10,13 @@ from ..schedule import Schedule
 from ..session import SparseFallbackError, one_line
 from .cached import check_cache, verify_with_cache
 from .candidates import patterns_of
-from .cost import CostTable
+from .cost import CostTable, timed
 from .link import alpha_of, mse_of, next_error
 from .preset import Preset, TunedPreset
 from .run import Progress, as_found
 from .solve import Problem, Solution
 from .steps import MODES, ROUNDS, Clips, Steps, digest
-from .targets import CAP, STATISTICS, Target
+from .targets import CAP, STATISTICS, Target, check_batch
 from .writing import Verified, clip_entry, preset_of
 
 __all__ = ["tune"]
@@ -88,11 +88,12 @@ def tune(
         raise ValueError(f"seed={seed!r} is not allowed; use a whole number of at least 0")
     if not hasattr(pipe, "components") or not callable(pipe):
         raise ValueError(f"pipe={type(pipe).__name__} is not allowed; use a Diffusers pipeline")
-    if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1 or (batch > 1 and wanted.by_time):
-        raise ValueError(f"batch={batch!r} is not allowed; use a whole number of at least 1, and 1 for a speed-up")
+    check_batch(batch, wanted)
     Schedule(dense_steps=0.0 if dense_steps is None else dense_steps, dense_layers=dense_layers)  # checks both
     names = patterns_of(patterns)
     table = costs if isinstance(costs, CostTable) or costs is None else CostTable.load(costs)
+    if table is not None:
+        names = timed(table, names, chosen=patterns != "auto")
     with as_found(pipe):
         try:
             check_cache(pipe, step_cache)

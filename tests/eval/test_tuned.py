@@ -15,7 +15,7 @@ import pytest
 from dit_sparse.cli import main
 from dit_sparse.eval import tuned, tuned_tables
 from dit_sparse.eval.attention_time import read_times
-from dit_sparse.eval.density_search import Prior, at_psnr, found_at, next_density, on_line
+from dit_sparse.eval.density_search import Prior, at_psnr, found_at, is_far, next_density, on_line
 from dit_sparse.eval.tuned import Evaluation
 from dit_sparse.eval.tuned_work import EARLIER, OutOfTimeError, Plan, earlier, plan_cost
 from dit_sparse.grid import TokenGrid
@@ -92,6 +92,7 @@ def test_a_search_needs_few_runs_and_says_how_it_ended() -> None:
     for runs, goal in (([(0.1, 20.0)], 26.0), ([(0.1, 20.0), (1.0, 58.0)], 30.0)):
         far = found_at(runs, goal)
         assert far is not None and far.how == "guessed", "the runs lie too far off for a line"
+    assert is_far(0.15, [0.02, 0.9]) and not is_far(0.15, [0.1, 0.2]) and not is_far(0.15, [0.1])
     falling = [(0.1, 30.0), (0.2, 29.9)]
     assert 0.05 < at_psnr(falling, 31.0) < 0.3 and math.isfinite(on_line([(0.3, 30.0)], 0.1))
 
@@ -173,6 +174,12 @@ def test_our_own_methods_do_not_count_for_the_best() -> None:
     said = tuned_tables.Section(outcome, rows).verdicts()
     assert said["fastest"][0] == "sol" and said["best_at_equal_time"] == ("sol", 27.0) and said["enough"]
     assert [row[0] for row in tuned_tables.Section(outcome, rows).table().rows] == ["tuned", "(auto)", "sol"]
+    # A guess at the plan's PSNR says nothing there; at the plan's time the method may be known all the same.
+    rows += [tuned_tables.Row("svg", 0.1, 30.0, "guessed", Cost(5.0, 50.0), 29.9)]
+    section = tuned_tables.Section(outcome, rows)
+    said = section.verdicts()
+    assert section.unsettled == ["svg"] and said["fastest"] == ("sol", 90.0)
+    assert said["best_at_equal_time"] == ("svg", 29.9) and not said["enough"]
 
 
 def test_failures_stand_in_the_table(tmp_path: Path) -> None:

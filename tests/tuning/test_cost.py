@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from dit_sparse.eval.attention_time import read_times
 from dit_sparse.grid import TokenGrid
 from dit_sparse.tuning.candidates import DENSE, Candidate, candidates_of
-from dit_sparse.tuning.cost import CostTable, measure
+from dit_sparse.tuning.cost import CostTable, measure, timed
 
 TABLE = CostTable({"device": "a GPU"}, "5x7x9", 4, 64, 1 / 3, {"drop/tile": ((0.1, 0.1), (0.3, 0.5), (1.0, 0.7))},
                   {"tile": 0.25}, 1.1)
@@ -71,3 +72,13 @@ def test_a_measured_table_has_every_curve_and_rises() -> None:
     assert table.dense > 0 and table.mixed >= 1 and min(table.fixed.values()) >= 0 and table.where["device"] == "CPU"
     assert said == sorted(said) and len(said) == 24 and max(said) < 1
     assert CostTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
+
+
+def test_an_older_table_serves_the_patterns_that_it_has() -> None:
+    table = CostTable.modelled()
+    older = dataclasses.replace(table, curves={k: v for k, v in table.curves.items() if not k.startswith("spread/")})
+    every = ("drop", "soft", "spread", "band")
+    assert timed(table, every, chosen=True) == every and timed(older, every, chosen=False) == ("drop", "soft", "band")
+    for patterns, chosen in ((every, True), (("spread",), False)):
+        with pytest.raises(ValueError, match="costs have no times of spread"):
+            timed(older, patterns, chosen=chosen)

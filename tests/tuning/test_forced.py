@@ -110,3 +110,17 @@ def test_without_forwards_nothing_is_compared() -> None:
     assert np.array_equal(plan.plan.choices, start.plan.choices)
     dense = made.solve(limit=0.0)
     assert dense.plan.all_dense and settle(made, dense, lambda plan: {}, limit=0.0)[1].plan.all_dense
+
+
+def test_what_is_not_finite_corrects_nothing() -> None:
+    made = problem()
+    start = made.solve(limit=LIMIT)
+    found, plan, told = settle(made, start, lambda plan: {b: float("nan") for b in range(1, 5)}, limit=LIMIT)
+    assert told == [] and (found.weights == 1).all() and plan.error <= LIMIT * (1 + 1e-9)
+
+
+def test_within_a_budget_patterns_are_near_by_their_error() -> None:
+    made = problem()
+    made.errors[..., [one.pattern == "soft" for one in KINDS]] *= 50
+    _, _, told, _ = settled(made, dict.fromkeys(("all", "drop", "soft"), 1.0), budget=30.0)
+    assert "soft" not in [one["patterns"] for one in told]

@@ -159,5 +159,7 @@ def test_candidates_are_checked() -> None:
     assert [str(c) for c in found] == ["dense", "soft 0.1 (tile)", "soft 0.2 (tile)", "drop 0.1 (tile)",
                                        "drop 0.2 (tile)"]
     assert patterns_of("auto") == ("drop", "soft", "spread", "band") and patterns_of(["soft", "dense"]) == ("soft",)
+    with pytest.raises(ValueError, match="leaves nothing sparse"):
+        patterns_of("dense")
     with pytest.raises(ValueError, match="patterns='sof'"):
         patterns_of("sof")
