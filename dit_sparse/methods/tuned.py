@@ -28,12 +28,10 @@ from .auto import block_weight
 from .base import Call, Method, Plan
 from .sol import NEAR, Sol
 
-__all__ = ["Group", "HeadGroups", "PresetMismatch", "Tuned", "candidate_layout", "kept_blocks", "kept_share", "near_of"]
+__all__ = ["Group", "HeadGroups", "PresetMismatch", "Tuned", "candidate_layout", "kept_blocks", "kept_of", "kept_share",
+           "near_of"]
 
 _ORDERS = {"tile": "tiles", "morton": "morton"}  # how `sol` calls them
-_SOFT = ("soft", "spread")  # patterns whose other blocks enter as their means
-# Which heads are routed together; a dense head beside others keeps all blocks, as a band as wide as the video.
-_ROUTES = {"drop": "pooled", "soft": "pooled", "spread": "spread", "band": "band", "dense": "band"}
 TRANSFER = 0.25  # largest difference of the number of tokens, as a share, at which a plan is carried over
 
 
@@ -46,23 +44,28 @@ def candidate_layout(grid: TokenGrid, order: str) -> BlockLayout:
     return Sol(order=_ORDERS[order]).layout(grid)
 
 
-def near_of(pattern: str) -> int:
-    """Key blocks less than so far from the query block's own are kept in any case.
+def near_of(ranking: str) -> int:
+    """Key blocks less than so far from the query block's own are kept in any case, whatever their rank.
 
     Ranked by their score and spread, blocks win by merit what neighbours are given elsewhere. Included model, 12
     captions, 512x512x33, density .1 in every head, PSNR in dB, H200, November 2026: along the Morton curve 31.6 with
     its own block only, 31.3 with both neighbours; ranked by the score alone, in tiles, 29.7 and 30.2.
     """
-    return 1 if pattern == "spread" else NEAR
+    return 1 if ranking == "spread" else NEAR
 
 
 def kept_blocks(candidate: Candidate, blocks: BlockLayout, grid: TokenGrid) -> int:
     """Video key blocks that every query block of a head sees; all of them when it is dense."""
+    return kept_of(candidate.density, candidate.ranking, blocks, grid)
+
+
+def kept_of(density: float, ranking: str, blocks: BlockLayout, grid: TokenGrid) -> int:
+    """`kept_blocks` of candidates of one ranking."""
     video = video_blocks(blocks, grid)
-    if candidate.density >= 1:
+    if density >= 1:
         return video
-    count = rows_kept(candidate.density, video, 0, blocks.blocks - video, count_forced=True)
-    return min(video, max(count, 2 * near_of(candidate.pattern) - 1))
+    count = rows_kept(density, video, 0, blocks.blocks - video, count_forced=True)
+    return min(video, max(count, 2 * near_of(ranking) - 1))
 
 
 def kept_share(candidate: Candidate, blocks: BlockLayout, grid: TokenGrid) -> float:
@@ -246,7 +249,7 @@ class Tuned(Method):
             whole = len(heads) == len(chosen)
             part = call if whole else call.of_heads(heads)
             mine = tuple(chosen[h] for h in heads)
-            soft = tuple(i for i, one in enumerate(mine) if one.pattern in _SOFT)
+            soft = tuple(i for i, one in enumerate(mine) if one.is_soft)
             groups.append(Group(None if whole else heads, self.mask(part, order, mine), soft))
         return Plan(groups[0].mask, operator=HeadGroups(tuple(groups)))
 
@@ -267,7 +270,7 @@ class Tuned(Method):
         """
         blocks = self.blocks(call, order)
         counts = tuple(kept_blocks(one, blocks, call.grid) for one in chosen)
-        kinds = tuple(_ROUTES[one.pattern] for one in chosen)
+        kinds = tuple(one.ranking for one in chosen)
         masks: list[BlockMask] = []
         heads: list[int] = []
         sizes: list[int] = []
@@ -288,7 +291,7 @@ class Tuned(Method):
 
     def ranked(self, call: Call, order: str, counts: tuple[int, ...], heads: tuple[int, ...] | None, kind: str
                ) -> BlockMask:
-        """The best `counts[h]` video blocks of every row of some heads (None: all), ranked as a kind of `_ROUTES`; all
+        """The best `counts[h]` video blocks of every row of some heads (None: all), of one ranking; all
         text."""
         grid, blocks, near = call.grid, self.blocks(call, order), near_of(kind)
 

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["BUDGETS", "DENSE", "ORDERS", "PATTERNS", "Candidate", "candidates_of", "patterns_of"]
+__all__ = ["BUDGETS", "DENSE", "KINDS", "ORDERS", "PATTERNS", "Candidate", "candidates_of", "patterns_of"]
 
 PATTERNS = ("dense", "drop", "soft", "spread", "band")
+# What a pattern ranks key blocks by, and what becomes of those that are not kept.
+KINDS = {"drop": ("pooled", "drop"), "soft": ("pooled", "soft"), "spread": ("spread", "soft"), "band": ("band", "drop")}
 ORDERS = ("tile", "morton")
 # Kept fractions that the oracle judges; 1 is there to check it.
 BUDGETS = (0.02, 0.03, 0.05, 0.07, 0.10, 0.15, 0.20, 0.30, 0.40, 0.60, 1.0)
@@ -48,6 +50,16 @@ class Candidate:
     def is_dense(self) -> bool:
         """Whether all pairs are computed."""
         return self.pattern == "dense"
+
+    @property
+    def ranking(self) -> str:
+        """What blocks are ranked by, a name in `KINDS`; dense is the band that is as wide as the video."""
+        return "band" if self.is_dense else KINDS[self.pattern][0]
+
+    @property
+    def is_soft(self) -> bool:
+        """Whether blocks that are not kept enter as their means."""
+        return not self.is_dense and KINDS[self.pattern][1] == "soft"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; dense has neither order nor density."""

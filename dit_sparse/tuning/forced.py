@@ -32,7 +32,8 @@ class Check:
 
     Args:
         patterns: `ALL`, or the one pattern that heads may take beside dense.
-        problem, solution: what it comes from.
+        problem: what errors are predicted with.
+        solution: the plan.
         measured: squared error of the velocity over its square, by bucket.
     """
 
@@ -77,8 +78,8 @@ def settle(
     """
     checks = [Check(ALL, problem, solution, measure(solution.plan))]
     if checks[0].measured:
-        checks += [Check(name, one, plan, measure(plan.plan))
-                   for name, one, plan in _rivals(problem, solution, limit=limit, budget=budget)]
+        rivals = _rivals(problem, solution, limit=limit, budget=budget)
+        checks += [Check(name, problem, plan, measure(plan.plan)) for name, plan in rivals.items()]
     common = checks[0].ratios()
     found = problem.corrected({bucket: _held(ratio) for bucket, ratio in common.items()})
     for check in checks[1:]:
@@ -91,17 +92,16 @@ def settle(
 
 def _rivals(
     problem: Problem, solution: Solution, *, limit: float | None, budget: float | None
-) -> list[tuple[str, Problem, Solution]]:
+) -> dict[str, Solution]:
     """The plans of one pattern alone that are predicted to take at most 5 % longer (within a budget of time: to make
     an error of at most 5 % more), where they are other plans."""
-    found: list[tuple[str, Problem, Solution]] = []
+    found: dict[str, Solution] = {}
     for name in dict.fromkeys(c.pattern for c in problem.probe.candidates if not c.is_dense):
-        alone = problem.only(name)
-        plan = alone.solve(limit=limit, budget=budget)
+        plan = problem.only(name).solve(limit=limit, budget=budget)
         more = plan.time / solution.time if budget is None else plan.error / max(solution.error, 1e-30)
         near = more <= 1 + NEAR and not plan.plan.all_dense
-        if near and not any(_same(plan.plan, other.plan) for other in (solution, *(one for _, _, one in found))):
-            found.append((name, alone, plan))
+        if near and not any(_same(plan.plan, other.plan) for other in (solution, *found.values())):
+            found[name] = plan
     return found
 
 

@@ -20,19 +20,17 @@ from ..blocklayout import BlockLayout
 from ..grid import TokenGrid
 from ..methods.auto import block_weight
 from ..methods.base import Call
-from ..methods.tuned import candidate_layout, kept_blocks, near_of
+from ..methods.tuned import candidate_layout, kept_of, near_of
 from ..order import video_blocks
 from ..scoring import gather_tokens, head_chunks, keys_held, pool, to_slots
-from .candidates import BUDGETS, ORDERS, Candidate
+from .candidates import BUDGETS, KINDS, ORDERS, Candidate
 
-__all__ = ["KINDS", "NOISE", "OPERATORS", "RANKINGS", "Errors", "RowErrors", "ordered", "probe_head", "probe_heads",
+__all__ = ["NOISE", "OPERATORS", "RANKINGS", "Errors", "RowErrors", "ordered", "probe_head", "probe_heads",
            "probe_rows", "sample_rows"]
 
 RANKINGS = ("pooled", "spread", "band")
 OPERATORS = ("drop", "soft")
 NOISE = 1e-4  # relative squared errors below it count as equal
-# What a pattern ranks by, and what becomes of the other blocks.
-KINDS = {"drop": ("pooled", "drop"), "soft": ("pooled", "soft"), "spread": ("spread", "soft"), "band": ("band", "drop")}
 
 
 def sample_rows(grid: TokenGrid, count: int = 128, text: int = 32, *, seed: int = 0) -> Tensor:
@@ -359,11 +357,9 @@ class _Rows:
         if ranking == "spread":
             scores = scores + block_weight(self.call, blocks, soft=True)[0][:, None]
         # Forced blocks first: the near ones of the video; text takes no place in the ranking.
-        pattern = next(name for name, (kind, _) in KINDS.items() if kind == ranking)
-        scores = scores.masked_fill(apart < near_of(pattern), torch.inf).masked_fill(at >= video, -torch.inf)
+        scores = scores.masked_fill(apart < near_of(ranking), torch.inf).masked_fill(at >= video, -torch.inf)
         rank = scores.sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
-        count = torch.tensor([kept_blocks(Candidate(pattern, density=b), blocks, self.grid) for b in budgets],
-                             device=own.device)
+        count = torch.tensor([kept_of(b, ranking, blocks, self.grid) for b in budgets], device=own.device)
         kept = rank[:, :, None] < count[:, None]
         # Text is seen by every row, and its own rows see everything.
         return kept | (at >= video) | (own >= video)[:, None, None]

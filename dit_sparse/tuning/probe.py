@@ -19,8 +19,8 @@ from ..grid import TokenGrid
 from ..methods.base import Call, Method, Plan
 from ..methods.tuned import kept_blocks
 from ..schedule import Schedule
-from .candidates import DENSE, Candidate, candidates_of
-from .oracle import KINDS, Errors, ordered, probe_heads, sample_rows
+from .candidates import DENSE, KINDS, Candidate, candidates_of
+from .oracle import Errors, ordered, probe_heads, sample_rows
 from .preset import attention_layers
 
 __all__ = ["FORCED", "Forward", "Probe", "ProbeResult", "Streams", "Watcher", "bucket_edges", "dense_count",
