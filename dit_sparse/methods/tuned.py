@@ -97,14 +97,16 @@ class Group:
         out, lse = attend(call.query, call.key, call.value, self.mask)
         if not self.soft:
             return out, lse
-        every = len(self.soft) == call.query.shape[2]
-        part = call if every else call.of_heads(self.soft)
+        # Of all heads: ranking has pooled the keys already, and often the values.
+        means = [call.block_mean(name, self.mask.key) for name in ("key", "value")]
+        if len(self.soft) == call.query.shape[2]:
+            return merge_soft_blocks(call.query, *means, self.mask, out, lse, scale=call.scale, key_mask=call.key_mask)
         index = call.head_index(self.soft)
-        mask = self.mask if every else heads_of(self.mask, index)
-        some, some_lse = (out, lse) if every else (out.index_select(2, index), lse.index_select(1, index))
-        means = part.block_mean("key", mask.key), part.block_mean("value", mask.key)
-        merge_soft_blocks(part.query, *means, mask, some, some_lse, scale=call.scale, key_mask=call.key_mask)
-        return (out, lse) if every else (out.index_copy_(2, index, some), lse.index_copy_(1, index, some_lse))
+        query, some, *means = (x.index_select(dim, index) for x, dim in
+                               ((call.query, 2), (out, 2), *((mean, 1) for mean in means)))
+        some, some_lse = merge_soft_blocks(query, *means, heads_of(self.mask, index), some, lse.index_select(1, index),
+                                           scale=call.scale, key_mask=call.key_mask)
+        return out.index_copy_(2, index, some), lse.index_copy_(1, index, some_lse)
 
 
 @dataclass(frozen=True)
