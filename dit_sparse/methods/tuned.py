@@ -98,14 +98,15 @@ class Group:
         if not self.soft:
             return out, lse
         # Of all heads: ranking has pooled the keys already, and often the values.
-        means = [call.block_mean(name, self.mask.key) for name in ("key", "value")]
+        key, value = (call.block_mean(name, self.mask.key) for name in ("key", "value"))
         if len(self.soft) == call.query.shape[2]:
-            return merge_soft_blocks(call.query, *means, self.mask, out, lse, scale=call.scale, key_mask=call.key_mask)
+            return merge_soft_blocks(call.query, key, value, self.mask, out, lse, scale=call.scale,
+                                     key_mask=call.key_mask)
         index = call.head_index(self.soft)
-        query, some, *means = (x.index_select(dim, index) for x, dim in
-                               ((call.query, 2), (out, 2), *((mean, 1) for mean in means)))
-        some, some_lse = merge_soft_blocks(query, *means, heads_of(self.mask, index), some, lse.index_select(1, index),
-                                           scale=call.scale, key_mask=call.key_mask)
+        query, some = (x.index_select(2, index) for x in (call.query, out))
+        key, value, some_lse = (x.index_select(1, index) for x in (key, value, lse))
+        merge_soft_blocks(query, key, value, heads_of(self.mask, index), some, some_lse, scale=call.scale,
+                          key_mask=call.key_mask)
         return out.index_copy_(2, index, some), lse.index_copy_(1, index, some_lse)
 
 
