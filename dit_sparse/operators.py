@@ -12,14 +12,15 @@ from torch import Tensor
 from .blockmask import BlockMask
 from .kernels.reference import merge_by_lse
 from .kernels.skip import skip_attention
-from .kernels.soft import merge_soft_blocks
+from .kernels.soft import SoftMeans, soft_means
 from .memory import COUNTERS
 from .scoring import head_chunks
 
 if TYPE_CHECKING:
     from .methods.base import Call
 
-__all__ = ["Attend", "Drop", "Operator", "SkipBlocks", "Soft", "ZeroHeads", "merge_parts", "scale_and_add"]
+__all__ = ["Attend", "Drop", "Operator", "SkipBlocks", "Soft", "ZeroHeads", "means_of", "merge_parts",
+           "scale_and_add"]
 
 _NUMBERS_AT_ONCE = 2**24  # float32 numbers of output in memory at a time: 64 MB
 
@@ -27,7 +28,9 @@ _NUMBERS_AT_ONCE = 2**24  # float32 numbers of output in memory at a time: 64 MB
 class Attend(Protocol):
     """Block-sparse attention as a run has it set up: its scale, key mask and kernel."""
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, /) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, /, *, soft: SoftMeans | None = None
+    ) -> tuple[Tensor, Tensor]:
         """out (B, Lq, H, Dv) and the natural-log LSE (B, H, Lq), float32, of attention over the mask's pairs."""
 
 
@@ -91,11 +94,13 @@ class Soft(Operator):
 
     def run(self, call: Call, mask: BlockMask, attend: Attend) -> tuple[Tensor, Tensor]:
         """See `Operator.run`; the LSE holds the soft entries too."""
-        out, lse = attend(call.query, call.key, call.value, mask)
-        mean_key, mean_value = call.block_mean("key", mask.key), call.block_mean("value", mask.key)
-        return merge_soft_blocks(
-            call.query, mean_key, mean_value, mask, out, lse, scale=call.scale, key_mask=call.key_mask
-        )
+        return attend(call.query, call.key, call.value, mask, soft=means_of(call, mask))
+
+
+def means_of(call: Call, mask: BlockMask, heads: Tensor | None = None) -> SoftMeans:
+    """Means of all key blocks of a call, for `attend`; heads: as in `kernels.soft.soft_attention`."""
+    mean_key, mean_value = (call.block_mean(name, mask.key) for name in ("key", "value"))
+    return soft_means(mean_key, mean_value, mask, call.key_mask, heads)
 
 
 @dataclass(frozen=True)

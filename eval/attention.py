@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dit_sparse.blockmask import BlockMask
 from dit_sparse.kernels.attention import block_sparse_attention, dense_attention
+from dit_sparse.kernels.soft import SoftMeans
 from dit_sparse.operators import Attend
 from dit_sparse.report import CallRecord
 from dit_sparse.session import Run, RunSession, one_line
@@ -88,10 +89,13 @@ def attention_quality(
     kept: Tensor | None = None
     asked = False
 
-    def listed(*call: Any) -> tuple[Tensor, Tensor]:
+    def listed(query_: Tensor, key_: Tensor, value_: Tensor, mask_: BlockMask, /, *, soft: SoftMeans | None = None
+               ) -> tuple[Tensor, Tensor]:
         nonlocal kept, asked
-        found, asked = attend(*call), True
-        if all(a is b for a, b in zip(call, (query, key, value, mask), strict=True)):
+        call, asked = (query_, key_, value_, mask_), True
+        found = attend(*call, soft=soft)
+        # With soft blocks the LSE is not of the kept pairs alone.
+        if soft is None and all(a is b for a, b in zip(call, (query, key, value, mask), strict=True)):
             kept = found[1].clone()  # operators may merge into what they are given
         return found
 

@@ -14,6 +14,7 @@ TOLERANCE = 0.15  # dB from the goal that end a search
 LOWEST, HIGHEST = 0.02, 1.0
 SLOPE = 19.6  # dB for ten times the density, where nothing is known; sol on the included model
 GAP, REACH = 3.0, 1.6  # factors of density that a line is believed across two runs, and beyond the last one
+FEWEST = "fewest"  # however few blocks are asked for, a method is better than the goal: its fastest run
 _APART = 1.03  # two densities nearer than this factor make the same masks
 
 Points = Sequence[tuple[float, float]]
@@ -26,8 +27,8 @@ class Found:
     Args:
         density: that has it.
         psnr: of the nearest run, where it counts as the goal; else the goal.
-        how: "measured" (a run within the tolerance), "interpolated" (between two runs), "extrapolated", or "guessed"
-            (the runs lie too far apart, or away, for a line: see `GAP` and `REACH`).
+        how: "measured" (a run within the tolerance), "interpolated" (between two runs), "extrapolated", "guessed"
+            (the runs lie too far apart, or away, for a line: see `GAP` and `REACH`), or `FEWEST`.
     """
 
     density: float
@@ -67,6 +68,17 @@ class Prior:
                     places.setdefault(row["label"], []).append(float(value["mean"]))
         names = sorted(places, key=lambda name: (-len(set(places[name])), -sum(places[name]) / len(places[name])))
         return cls(tuple(names), {name: tuple(sorted(found.items())) for name, found in points.items()})
+
+    def with_tuned(self, content: Mapping[str, object]) -> Prior:
+        """With the curves of `tuned.json`, as `dit-sparse eval tune` writes it, in the place of its own wherever a
+        method has two figures there that are no guesses."""
+        points: dict[str, set[tuple[float, float]]] = {}
+        for section in content["sections"]:  # type: ignore[attr-defined]
+            for row in section["rows"]:
+                if row["how"] not in ("", "guessed") and row["density"] and row["psnr"]:
+                    points.setdefault(row["method"], set()).add((float(row["density"]), float(row["psnr"])))
+        curves = {name: tuple(sorted(found)) for name, found in points.items() if len(found) > 1}
+        return Prior(self.names, {**self.curves, **curves})
 
 
 def on_line(points: Points, density: float) -> float:
@@ -110,18 +122,25 @@ def next_density(points: Points, goal: float, prior: Points = (), *, tolerance: 
         return None
     if not points:
         wanted = at_psnr(prior, goal) if prior else 0.2
-    elif len(points) == 1 and len(prior) > 1:
-        # The earlier curve, moved to what this run showed.
-        density, psnr = points[0]
+    elif len(prior) > 1 and (len(points) == 1 or not _spans(points, goal)):
+        # The earlier curve, moved to what the nearest run showed: a line beyond all runs leads far off.
+        density, psnr = min(points, key=lambda point: abs(point[1] - goal))
         moved = psnr - on_line(prior, density)
         wanted = at_psnr([(d, p + moved) for d, p in prior], goal)
     else:
-        wanted = at_psnr(points, goal)
+        (low, _), (high, _) = _pair(points, 1, goal)
+        # Far apart no line says anything: the middle does.
+        wanted = math.sqrt(low * high) if max(low, high) > GAP * min(low, high) else at_psnr(points, goal)
     wanted = round(min(max(wanted, LOWEST), HIGHEST), 4)
     tried = [d for d, _ in points]
     if any(max(d, wanted) / min(d, wanted) < _APART for d in tried):
         return None
     return wanted
+
+
+def _spans(points: Points, psnr: float) -> bool:
+    """Whether runs lie on both sides of a PSNR."""
+    return min(p for _, p in points) <= psnr <= max(p for _, p in points)
 
 
 def found_at(points: Points, goal: float, *, tolerance: float = TOLERANCE) -> Found | None:
@@ -131,11 +150,11 @@ def found_at(points: Points, goal: float, *, tolerance: float = TOLERANCE) -> Fo
     density, psnr = min(points, key=lambda point: abs(point[1] - goal))
     if abs(psnr - goal) <= tolerance:
         return Found(density, psnr, "measured")
-    known = [d for d, _ in points]
     wanted = min(max(at_psnr(points, goal), 0.001), HIGHEST)
-    if min(known) <= wanted <= max(known):
-        return Found(wanted, goal, "guessed" if is_far(wanted, known) else "interpolated")
-    away = min(max(d / wanted, wanted / d) for d in known)
+    if _spans(points, goal):
+        (low, _), (high, _) = _pair(points, 1, goal)
+        return Found(wanted, goal, "guessed" if max(low, high) > GAP * min(low, high) else "interpolated")
+    away = min(max(d / wanted, wanted / d) for d, _ in points)
     return Found(wanted, goal, "extrapolated" if away <= REACH else "guessed")
 
 

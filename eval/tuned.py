@@ -8,7 +8,7 @@
 
 Work comes in the order of its weight: for each target a tuning and its held-out clips, and those of the other
 statistics; the methods, the best of the earlier comparison first, one run for each target; a run of each method at the
-modelled time of each plan; further runs towards its PSNR.
+modelled time of each plan; further runs towards its PSNR, first where the runs say nothing certain.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .attention_time import Times
-from .density_search import LOWEST, Found, Prior, found_at, is_far, next_density, on_line
+from .density_search import FEWEST, LOWEST, TOLERANCE, Found, Prior, found_at, is_far, next_density, on_line
 from .methods import SCHEDULE, Comparison, entry_of
 from .run import Job, Result, finished, job_key, run
 from .tuned_work import Cost, OutOfTimeError, Plan, plan_cost
@@ -160,8 +160,9 @@ class Evaluation:
         yield from (job for target in plan.targets for other in others for job in self._tuning(target, other))
         yield from self._round(1)
         yield from self._equal()
-        for runs in range(2, plan.rounds + 1):
-            yield from self._round(runs)
+        for rough in (True, False):
+            for runs in range(2, plan.rounds + 1):
+                yield from self._round(runs, rough=rough)
 
     def _tuning(self, target: float, statistic: str) -> Iterator[Job]:
         """A tuning and its held-out batches."""
@@ -171,12 +172,15 @@ class Evaluation:
         if "preset" in found:
             yield from (self._tuned_job(found["preset"], batch) for batch in self.plan.batches())
 
-    def _round(self, runs: int) -> Iterator[Job]:
-        """One more run of every method for every target that has had fewer than so many, where one is still needed."""
+    def _round(self, runs: int, *, rough: bool = False) -> Iterator[Job]:
+        """One more run of every method for every target that has had fewer than so many, where one is still needed;
+        rough: only where what the runs say is not certain."""
         for name in self.names:
             for target in self.plan.targets:
                 goal = self.goal(target)
                 if goal is None or self.failure(name) or self._runs_for(name, target) >= runs:
+                    continue
+                if rough and not self._is_rough(name, goal):
                     continue
                 density = next_density(self._line(name), goal, self.prior.curves.get(name, ()))
                 if density is not None:
@@ -212,6 +216,11 @@ class Evaluation:
             middle = (low * high) ** 0.5
             low, high = (middle, high) if spent(middle) <= run_ms else (low, middle)
         return round(low, 4)
+
+    def _is_rough(self, name: str, goal: float) -> bool:
+        """Whether the runs say nothing certain of a method at a PSNR."""
+        at, _ = at_psnr(self, name, goal)
+        return at is None or at.how in ("extrapolated", "guessed")
 
     def goal(self, target: float) -> float | None:
         """PSNR of the plan for a target, which the methods are brought to."""
@@ -308,8 +317,7 @@ class Evaluation:
                 if goal is None or self.failure(name):
                     continue
                 at, _ = at_psnr(self, name, goal)
-                rough = at is not None and at.how in ("extrapolated", "guessed")
-                if at is None or rough and next_density(self._line(name), goal) is not None:
+                if self._is_rough(name, goal) and (at is None or next_density(self._line(name), goal) is not None):
                     found.append(f"{name} at {goal:.2f} dB: {'not run' if at is None else f'only {at.how}'}")
         return found
 
@@ -352,6 +360,9 @@ def at_time(run: Evaluation, name: str, run_ms: float) -> tuple[float | None, st
 def at_psnr(run: Evaluation, name: str, goal: float) -> tuple[Found | None, Cost | None]:
     """Density and cost of a method at a PSNR: what the runs say, and the cost there."""
     points = run.points(name)
+    if points and min(p.asked for p in points) <= LOWEST and all(p.psnr > goal + TOLERANCE for p in points):
+        fastest = min(points, key=lambda point: float("inf") if point.cost is None else point.cost.run)
+        return Found(fastest.density, fastest.psnr, FEWEST), fastest.cost
     found = found_at([(point.density, point.psnr) for point in points], goal)
     if found is None:
         return None, None

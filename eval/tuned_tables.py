@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .bootstrap import interval
-from .density_search import TOLERANCE
+from .density_search import FEWEST, TOLERANCE
 from .method_speed import comparable, takes_density
 from .methods import SCHEDULE
 from .tables import Table
@@ -255,7 +255,8 @@ def _preface(run: Evaluation, environment: dict[str, Any], quick: bool) -> str:
         "dense. Methods run at the density that gives the "
         f"plan's mean PSNR on the same clips: measured within {TOLERANCE:g} dB, interpolated between two runs, or "
         "extrapolated beyond them; where its runs lie too far off for a line, the figure is guessed and does not "
-        f"count. Without an option `density`, and so not here: {without}.\n"
+        f"count; {FEWEST}: better than that however few blocks are asked for, its fastest run stands there. "
+        f"Without an option `density`, and so not here: {without}.\n"
         "Milliseconds are modelled: one attention call of Wan2.1-14B at 720p (21x45x80 tokens, 40 heads of 128), masks "
         "and corrections included; a plan's mixture of candidates is spread over the 40 heads. `sparse calls` is the "
         "mean over calls that are sparse, as in the comparison of methods; `all calls` that over the run, dense calls "

@@ -18,7 +18,7 @@ from .methods import Work as MethodsWork
 from .run import Job, Result
 
 PRESETS, STATE = "presets", "state"
-EARLIER = Path(__file__).resolve().parent.parent / "docs" / "results" / "methods.json"
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 
 Tuner = Callable[..., Any]
 
@@ -52,7 +52,7 @@ class Plan:
     targets: tuple[float, ...] = (26.0, 30.0, 34.0)
     statistics: tuple[str, ...] = ("mean", "min")
     mode: str = "thorough"
-    rounds: int = 3
+    rounds: int = 4
     methods: tuple[str, ...] | None = None
 
     def names(self, prior: Prior) -> list[str]:
@@ -84,11 +84,15 @@ QUICK = Plan(frames=5, side=128, steps=3, batch=2, clips=2, calibration=3, targe
              mode="quick", rounds=2, methods=("sol", "svg"))
 
 
-def earlier(file: Path = EARLIER) -> Prior:
-    """What the comparison of methods found, where its table is at hand; else nothing."""
-    if not file.is_file():
-        return Prior()
-    return Prior.of_table(json.loads(file.read_text(encoding="utf-8")))
+def earlier(folder: Path = RESULTS) -> Prior:
+    """What the comparison of methods and an earlier run of this one found, where their tables are at hand."""
+    def table(name: str) -> Any:
+        file = folder / name
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    methods, tuned = table("methods.json"), table("tuned.json")
+    prior = Prior() if methods is None else Prior.of_table(methods)
+    return prior if tuned is None else prior.with_tuned(tuned)
 
 
 class OutOfTimeError(Exception):

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from . import fp8, hopper_cuda, hopper_plan
-from .blocks import Blocks
+from .blocks import Blocks, SoftMeans
 from .dense import dense_attention
 from .reference import block_sparse_reference
+from .soft import check_means, merge_means
 from .starting import Starting, fallbacks
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ def block_sparse_attention(
     key_mask: Tensor | None = None,
     backend: str | None = None,
     on_backend: Callable[[str], None] | None = None,
+    soft: SoftMeans | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of each query block over the key blocks that `mask` lists for it.
 
@@ -118,6 +120,7 @@ def block_sparse_attention(
         key_mask: bool (B, Lk), True where the key is a real token; None: all are.
         backend: name of the backend to use; None: the fastest that can run.
         on_backend: called with the name of the backend that ran.
+        soft: means of all blocks: those that are not listed enter the softmax as theirs, see `soft_attention`.
 
     Returns:
         out (B, Lq, H, Dv) in the query's dtype, and the natural-log LSE (B, H, Lq) in float32. Queries without a key
@@ -130,16 +133,20 @@ def block_sparse_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     blocks = Blocks.from_mask(mask, key_mask)
     _check(query, key, value, blocks, mask.query.tokens, mask.key.tokens, scale)
+    if soft is not None:
+        check_means(query, soft.key, soft.value, blocks, mask.query.tokens)
     fall_back = backend is None
     if backend is None:
         backend = _choose(query, key, value, blocks)
     elif reasons := _named(backend).reasons(query, key, value, blocks):
         raise ValueError(f"backend={backend!r} cannot run this call: {'; '.join(reasons)}")
-    result = _operator(
+    together = soft is not None and backend == "hopper" and hopper_cuda.takes_soft(query, key, value, blocks)
+    means = (soft.key, soft.value, soft.counts, soft.heads) if soft is not None and together else (None,) * 4
+    out, lse = _operator(
         query, key, value, blocks.lists, blocks.whole, blocks.boundary, blocks.query_lengths, blocks.key_lengths,
         blocks.query_index, blocks.key_index, blocks.key_coordinates, blocks.query_low, blocks.query_high,
         blocks.always, blocks.key_mask, blocks.query_block, blocks.key_block, blocks.query_box,
-        blocks.key_box, scale, backend, fall_back)
+        blocks.key_box, scale, backend, fall_back, *means)
     if fall_back and (why := _failure(query, value, blocks)):
         if backend == "hopper":
             backend = "triton"  # the operator tried, and counted
@@ -147,7 +154,7 @@ def block_sparse_attention(
             fallbacks[why] += 1
     if on_backend is not None:
         on_backend(backend)
-    return result
+    return (out, lse) if soft is None or together else merge_means(query, soft, blocks, out, lse, scale)
 
 
 @torch.library.custom_op("dit_sparse::block_sparse_attention", mutates_args=())
@@ -156,11 +163,17 @@ def _operator(
     key_lengths: Tensor, query_index: Tensor | None, key_index: Tensor | None, key_coordinates: Tensor | None,
     query_low: Tensor | None, query_high: Tensor | None, always: Tensor | None, key_mask: Tensor | None,
     query_block: int, key_block: int, query_box: Sequence[int] | None, key_box: Sequence[int] | None,
-    scale: float, backend: str, fall_back: bool = False,
+    scale: float, backend: str, fall_back: bool = False, mean_key: Tensor | None = None,
+    mean_value: Tensor | None = None, mean_counts: Tensor | None = None, soft_heads: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     blocks = Blocks(lists, whole, boundary, query_lengths, key_lengths, query_index, key_index, key_coordinates,
                     query_low, query_high, always, key_mask, query_block, key_block,
                     *(None if box is None else tuple(box) for box in (query_box, key_box)))
+    if mean_key is not None and mean_value is not None and mean_counts is not None:
+        means = SoftMeans(mean_key, mean_value, mean_counts, soft_heads)
+        return hopper_cuda.with_soft_blocks(
+            query, key, value, blocks, scale, means,
+            lambda: merge_means(query, means, blocks, *_run_hopper(query, key, value, blocks, scale), scale))
     run = _run_hopper_or_fall_back if backend == "hopper" and fall_back else _named(backend).run
     return run(query, key, value, blocks, scale)
 

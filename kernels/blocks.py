@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -83,6 +84,15 @@ class Blocks:
         return cls(lists, whole, boundary, query_lengths, key_lengths, None, None, None, None, None, None,
                    key_mask, block, block)
 
+    def of_heads(self, heads: Tensor) -> Blocks:
+        """The blocks of some heads: int64 (h,), on the device. What all heads share stays shared."""
+        def part(x: Tensor | None) -> Tensor | None:
+            return x if x is None or x.shape[1] == 1 else x.index_select(1, heads)
+
+        names = ("lists", "whole", "boundary", "query_index", "key_index")
+        parts: dict[str, Any] = {name: part(getattr(self, name)) for name in names}
+        return dataclasses.replace(self, **parts)
+
     @property
     def query_blocks(self) -> int:
         """Number of query blocks."""
@@ -152,6 +162,23 @@ class Blocks:
         padding = int((index[0, 0] < 0).sum())
         # Sorted by token, the -1 of padding come first.
         return index.argsort(-1)[..., padding:]
+
+
+@dataclass(frozen=True, eq=False)
+class SoftMeans:
+    """What blocks enter a softmax as where they are not listed, see `soft`.
+
+    Args:
+        key, value: float32 (B, H, nk, D) and (B, H, nk, Dv), means of each block's real tokens.
+        counts: (B|1, H|1, nk), how many keys each mean stands for; 0: the block is no entry.
+        heads: int64 (h,), the heads that have soft blocks, on the device; the others drop what they do not list. None:
+            all have.
+    """
+
+    key: Tensor
+    value: Tensor
+    counts: Tensor
+    heads: Tensor | None = None
 
 
 def _index(index: Tensor | None) -> Tensor | None:

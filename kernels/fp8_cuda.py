@@ -7,7 +7,6 @@ scores, but no window and no key mask. Importing this module needs neither NVRTC
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,18 +26,11 @@ STAGES = 8
 _SCALES = ("query_scale", "key_scale", "value_scale", "shift")
 
 
-def _filled(fields: list[Any]) -> list[Any]:
-    """The fields, and what fills the structure up to a multiple of 64 bytes."""
-    plain = type("_Plain", (ctypes.Structure,), {"_fields_": fields})
-    return [*fields, ("rest", ctypes.c_char * (-ctypes.sizeof(plain) % 64))]
-
-
 class _Arguments(ctypes.Structure):
     """`Arguments` of the source under EIGHT_BITS: those of the bf16 kernel, and the scales."""
 
-    _fields_ = _filled([
-        *(field for field in hopper_cuda._Arguments._fields_ if field[0] != "rest"), ("key_blocks", ctypes.c_int32),
-        *((name, ctypes.c_void_p) for name in _SCALES),
+    _fields_ = hopper_cuda.filled([
+        *hopper_cuda.FIELDS, ("key_blocks", ctypes.c_int32), *((name, ctypes.c_void_p) for name in _SCALES),
     ])
 
 

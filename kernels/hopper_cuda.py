@@ -1,22 +1,35 @@
 """Hopper kernel in CUDA C++: block-sparse attention forward with LSE for compute capability 9.0, launched from here.
 
 It runs what most calls are: blocks of 128 queries by 128 or 64 keys without window and key mask, in raster order or
-through an index. The source is `cuda/attention.cu`, the compiler `nvrtc`. Importing this module needs neither.
+through an index, and soft blocks with them. The source is `cuda/attention.cu`, the compiler `nvrtc`. Importing this
+module needs neither.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import nvrtc
-from .blocks import Blocks, empty_results
-from .hopper_plan import QUERY_BLOCK, Tuning, bulk_readable, bulk_strides, common_box, hopper_reasons, prefers_cuda
+from .blocks import Blocks, SoftMeans, empty_results
+from .hopper_plan import (
+    QUERY_BLOCK,
+    Tuning,
+    bulk_readable,
+    bulk_strides,
+    common_box,
+    hopper_reasons,
+    kind_of,
+    prefers_cuda,
+)
 from .starting import Starting
 
-__all__ = ["block_sparse_attention_cuda", "cuda_reasons", "note", "starting", "takes_cuda"]
+__all__ = ["block_sparse_attention_cuda", "cuda_reasons", "note", "starting", "takes_cuda", "takes_soft",
+           "with_soft_blocks"]
 
 starting = Starting("the Hopper kernel in CUDA C++", "the one in Gluon")
 
@@ -28,20 +41,39 @@ _STRIDES = ("list_b", "list_h", "list_q", "count_b", "count_h", "count_q", "inde
 _NUMBERS = ("heads", "tokens", "query_blocks", "tiles", "head_dim", "value_dim")
 
 
+MOST_SOFT_BLOCKS = 2048  # which blocks a tile lists is a bit each in shared memory
+STEP = 128  # keys, or means, that are computed together
+
+
+def filled(fields: list[Any]) -> list[Any]:
+    """The fields, and what fills a structure up to a multiple of 64 bytes, at which the sources' structures lie."""
+    plain = type("_Plain", (ctypes.Structure,), {"_fields_": fields})
+    return [*fields, ("rest", ctypes.c_char * (-ctypes.sizeof(plain) % 64))]
+
+
+FIELDS: list[Any] = [
+    *((name, nvrtc.TensorMap) for name in ("query", "key", "value", "out")),
+    *((name, ctypes.c_void_p) for name in _POINTERS),
+    *((name, ctypes.c_int64) for name in _STRIDES),
+    *((name, ctypes.c_int32) for name in _NUMBERS),
+    ("scale_log2", ctypes.c_float),
+]
+
+
 class _Arguments(ctypes.Structure):
-    """`Arguments` of the source, which lies at multiples of 64 bytes: hence what fills it up."""
+    """`Arguments` of the source."""
 
-    _fields_ = [
-        *((name, nvrtc.TensorMap) for name in ("query", "key", "value", "out")),
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-        *((name, ctypes.c_int64) for name in _STRIDES),
-        *((name, ctypes.c_int32) for name in _NUMBERS),
-        ("scale_log2", ctypes.c_float),
-        ("rest", ctypes.c_char * 56),
-    ]
+    _fields_ = filled(FIELDS)
 
 
-ARGUMENT_BYTES = ctypes.sizeof(_Arguments) // 64 * 64
+class _SoftArguments(ctypes.Structure):
+    """The same under SOFT."""
+
+    _fields_ = filled([
+        *FIELDS[:4], *((name, nvrtc.TensorMap) for name in ("mean_key", "mean_value")), *FIELDS[4:],
+        ("chunks", ctypes.c_int32), *((name, ctypes.c_void_p) for name in ("mean_bias", "soft_heads")),
+        *((name, ctypes.c_int64) for name in ("bias_b", "bias_h")),
+    ])
 
 
 def cuda_reasons(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks) -> list[str]:
@@ -73,6 +105,21 @@ def takes_cuda(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, tuning
     return starting.takes(tuning.cuda, cuda_reasons(query, key, value, blocks), nvrtc.missing(), "Tuning(cuda=True)")
 
 
+def takes_soft(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks) -> bool:
+    """Whether soft blocks of a call are computed by this kernel, beside the listed ones."""
+    return blocks.key_blocks <= MOST_SOFT_BLOCKS and takes_cuda(query, key, value, blocks, Tuning())
+
+
+def with_soft_blocks(
+    query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float, soft: SoftMeans,
+    otherwise: Callable[[], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor]:
+    """A call that `takes_soft`; what is run where the kernel does not start, counted in `fallbacks`: `otherwise`."""
+    kind = ("soft", *kind_of(query, value, blocks))
+    return starting.run(
+        kind, lambda: block_sparse_attention_cuda(query, key, value, blocks, scale, soft=soft), otherwise)
+
+
 def note() -> str:
     """What to know about this kernel on a machine whose Hopper kernel runs, for the list of backends."""
     if why := nvrtc.missing():
@@ -83,17 +130,20 @@ def note() -> str:
 
 
 def variant(
-    dtype: torch.dtype, head_dim: int, value_dim: int, permuted: bool, key_block: int = QUERY_BLOCK
+    dtype: torch.dtype, head_dim: int, value_dim: int, permuted: bool, key_block: int = QUERY_BLOCK,
+    soft: bool = False,
 ) -> dict[str, int]:
     """The macros of the source for a call."""
     width = 64 if max(head_dim, value_dim) <= 64 else 128
     # Beside the queries of two tiles, five blocks of 128 numbers a token fill the shared memory.
-    return dict(WIDTH=width, STAGES=5 if width == 128 else 8, PERMUTED=int(permuted), KEY_BLOCK=key_block,
-                ARGUMENT_BYTES=ARGUMENT_BYTES, SHARED_BYTES=SHARED) | ({"FP16": 1} if dtype == torch.float16 else {})
+    found = dict(WIDTH=width, STAGES=5 if width == 128 else 8, PERMUTED=int(permuted), KEY_BLOCK=key_block,
+                 ARGUMENT_BYTES=ctypes.sizeof(_SoftArguments if soft else _Arguments), SHARED_BYTES=SHARED)
+    return found | ({"FP16": 1} if dtype == torch.float16 else {}) | ({"SOFT": MOST_SOFT_BLOCKS} if soft else {})
 
 
 def block_sparse_attention_cuda(
-    query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float, tuning: Tuning | None = None
+    query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float, tuning: Tuning | None = None,
+    soft: SoftMeans | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Block-sparse attention by the Hopper kernel in CUDA C++.
 
@@ -105,6 +155,7 @@ def block_sparse_attention_cuda(
 
     Expert args:
         tuning: of it, whether programs are persistent (they are unless told not to be), and the order of tiles.
+        soft: means of all blocks, at most `MOST_SOFT_BLOCKS`; those that are not listed enter the softmax as theirs.
 
     Returns:
         out (B, Lq, H, Dv) in the query's dtype, LSE (B, H, Lq) float32.
@@ -124,8 +175,8 @@ def block_sparse_attention_cuda(
             key, value = gather_slots(key, value, blocks.key_index, blocks.key_blocks * blocks.key_block)
         key, value = bulk_readable(key), bulk_readable(value)
         query = bulk_readable(query)
-        a = _Arguments()
-        macros = variant(query.dtype, D, DV, index is not None, blocks.key_block)
+        a = _Arguments() if soft is None else _SoftArguments()
+        macros = variant(query.dtype, D, DV, index is not None, blocks.key_block, soft is not None)
         tiles = B * H * blocks.query_blocks
         a.key, a.value = (_describe(x, blocks.key_block) for x in (key, value))
         if index is None:
@@ -145,9 +196,31 @@ def block_sparse_attention_cuda(
         for name, number in zip(_NUMBERS, (H, Lq, blocks.query_blocks, tiles, D, DV), strict=True):
             setattr(a, name, number)
         a.scale_log2 = scale * LOG2_E
+        kept = None if soft is None else _add_means(a, soft, blocks, query.dtype, scale)
         kernel = nvrtc.load("attention.cu", "attention", macros, macros["SHARED_BYTES"])
         kernel.launch(min(tiles, processors) if persistent else tiles, THREADS, a)
+        del kept  # what the launch has read by address
     return out, lse
+
+
+def _add_means(a: Any, soft: SoftMeans, blocks: Blocks, dtype: torch.dtype, scale: float) -> list[Tensor | None]:
+    """Writes what the kernel must know of the blocks' means to its arguments; returns what must live until it started.
+    """
+    # (B, H, blocks, D) as (B, blocks, H, D), the dimensions of keys and values
+    means = [bulk_readable(x.to(dtype)).transpose(1, 2) for x in (soft.key, soft.value)]
+    a.mean_key, a.mean_value = (_describe(x, blocks.key_block) for x in means)
+    a.chunks = -(-blocks.key_blocks // STEP)
+    # Scores are in natural units: the kernel multiplies them by the scale.
+    bias = soft.counts.to(torch.float32).log() / scale
+    bias = torch.nn.functional.pad(bias, (0, a.chunks * STEP - blocks.key_blocks), value=-torch.inf)
+    B, H = soft.key.shape[:2]
+    a.mean_bias = bias.data_ptr()
+    a.bias_b, a.bias_h = bias.expand(B, H, -1).stride()[:2]
+    flags = None
+    if soft.heads is not None:
+        flags = torch.zeros(H, dtype=torch.int32, device=bias.device).index_fill_(0, soft.heads, 1)
+        a.soft_heads = flags.data_ptr()
+    return [*means, bias, flags]
 
 
 def _describe(x: Tensor, rows: int) -> nvrtc.TensorMap:

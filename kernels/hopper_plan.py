@@ -202,7 +202,8 @@ def prefers_cuda(blocks: Blocks, width: int, *, ragged_boxes: bool = False) -> b
     taking turns. 12 heads of 128 in raster order, density 1: 636 -> 647, .25: 597 -> 613, .1: 596 -> 631 and 633 -> 634
     in two runs; permuted 617 -> 631, 587 -> 609, 535 -> 568; 64-key blocks 560 -> 637, 550 -> 669, 564 -> 640, permuted
     at .25 and .1: 514 -> 575, 485 -> 551. 24 heads of 64, density 1, .5, .25: 457 -> 471, 450 -> 468, 440 -> 460;
-    permuted 438 -> 466, 432 -> 460, 412 -> 445.
+    permuted 438 -> 466, 432 -> 460, 412 -> 445. Grids that no tile divides, in the order of tiles, density .25 and .1:
+    21x45x80 620 -> 701, 648 -> 674; 21x30x52 644 -> 669, 529 -> 562.
 
     Args:
         blocks: the lists and layouts.

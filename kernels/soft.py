@@ -8,7 +8,8 @@ added to its score. So the softmax keeps the mass of what is not computed:
 
 Source: Sol-Attn, arXiv 2607.24027, and PISA, arXiv 2602.01077. The error is of second order in the spread of a block's
 keys in the denominator, always an under-estimate, and of first order in the numerator where values vary in the block.
-The twin is `reference.soft_reference`. Importing this module needs neither triton nor a GPU.
+The twin is `reference.soft_reference`. The Hopper kernel in CUDA C++ computes them beside the listed blocks; into what
+other kernels give they are merged. Importing this module needs neither triton nor a GPU.
 """
 
 from __future__ import annotations
@@ -19,13 +20,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .attention import block_sparse_attention, triton_reasons
-from .blocks import Blocks
+from .blocks import Blocks, SoftMeans
 
 if TYPE_CHECKING:
     from dit_sparse.blockmask import BlockMask
 
-__all__ = ["merge_soft_blocks", "soft_attention", "soft_reasons"]
+__all__ = ["SoftMeans", "merge_means", "merge_soft_blocks", "soft_attention", "soft_means", "soft_reasons"]
 
 _NUMBERS_AT_ONCE = 2**24  # scores of the plain path in memory at a time: 64 MB
 
@@ -38,11 +38,11 @@ def soft_attention(
     mean_value: Tensor,
     mask: BlockMask,
     *,
+    heads: Tensor | None = None,
     scale: float | None = None,
     key_mask: Tensor | None = None,
     backend: str | None = None,
     on_backend: Callable[[str], None] | None = None,
-    kernels: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the listed blocks' keys and one entry for every other block.
 
@@ -53,10 +53,11 @@ def soft_attention(
             are left out altogether.
 
     Expert args:
+        heads: int64 (h,), the heads that have soft blocks, on the device of the query; others drop what they do not
+            list. None: all have.
         scale: factor of the scores, positive; None: 1 / sqrt(D).
         key_mask: bool (B, Lk), True where the key is a real token; None: all are. Masked keys count in no block.
         backend, on_backend: of the listed blocks, as in `block_sparse_attention`.
-        kernels: of the soft blocks, as in `merge_soft_blocks`.
 
     Returns:
         out (B, Lq, H, Dv) in the query's dtype, and the natural-log LSE (B, H, Lq) in float32, soft entries included.
@@ -65,10 +66,23 @@ def soft_attention(
     Raises:
         ValueError: when shapes, dtypes or devices do not fit, or what was asked for cannot run; one line.
     """
-    out, lse = block_sparse_attention(query, key, value, mask, scale=scale, key_mask=key_mask, backend=backend,
-                                      on_backend=on_backend)
-    return merge_soft_blocks(query, mean_key, mean_value, mask, out, lse, scale=scale, key_mask=key_mask,
-                             kernels=kernels)
+    from .attention import block_sparse_attention  # which imports this module
+
+    soft = soft_means(mean_key, mean_value, mask, key_mask, heads)
+    return block_sparse_attention(query, key, value, mask, scale=scale, key_mask=key_mask, backend=backend,
+                                  on_backend=on_backend, soft=soft)
+
+
+def soft_means(
+    mean_key: Tensor, mean_value: Tensor, mask: BlockMask, key_mask: Tensor | None = None, heads: Tensor | None = None
+) -> SoftMeans:
+    """The means of all blocks, with how many keys each stands for; arguments as in `soft_attention`."""
+    blocks = Blocks.from_mask(mask, key_mask)
+    if key_mask is None:
+        counts = blocks.key_lengths[None, None]
+    else:
+        counts = blocks.real_keys(mask.key.tokens).unflatten(-1, (blocks.key_blocks, blocks.key_block)).sum(-1)
+    return SoftMeans(mean_key, mean_value, counts, heads)
 
 
 def merge_soft_blocks(
@@ -102,19 +116,41 @@ def merge_soft_blocks(
     """
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     blocks = Blocks.from_mask(mask, key_mask)
-    _check(query, mean_key, mean_value, blocks, out, lse, mask.query.tokens)
+    check_means(query, mean_key, mean_value, blocks, mask.query.tokens)
+    _check(query, mean_value, out, lse)
+    counts = soft_means(mean_key, mean_value, mask, key_mask).counts
+    _merge(query, mean_key, mean_value, counts, blocks, out, lse, scale, kernels)
+    return out, lse
+
+
+def merge_means(
+    query: Tensor, soft: SoftMeans, blocks: Blocks, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`merge_soft_blocks` for the heads that have soft blocks; out and lse are overwritten."""
+    if soft.heads is None:
+        _merge(query, soft.key, soft.value, soft.counts, blocks, out, lse, scale)
+        return out, lse
+    heads = soft.heads
+    part = blocks.of_heads(heads)
+    query, some = (x.index_select(2, heads) for x in (query, out))
+    key, value, some_lse = (x.index_select(1, heads) for x in (soft.key, soft.value, lse))
+    counts = soft.counts if soft.counts.shape[1] == 1 else soft.counts.index_select(1, heads)
+    _merge(query, key, value, counts, part, some, some_lse, scale)
+    return out.index_copy_(2, heads, some), lse.index_copy_(1, heads, some_lse)
+
+
+def _merge(
+    query: Tensor, mean_key: Tensor, mean_value: Tensor, counts: Tensor, blocks: Blocks, out: Tensor, lse: Tensor,
+    scale: float, kernels: bool | None = None,
+) -> None:
+    """Adds the soft blocks of all heads of the tensors; `kernels` as in `merge_soft_blocks`."""
     reasons = [] if kernels is False else soft_reasons(query, mean_value, blocks)
     if kernels and reasons:
         raise ValueError(f"kernels=True: the kernel of soft blocks cannot run this call: {'; '.join(reasons)}")
     if kernels is None:
         kernels = query.device.type == "cuda" and not reasons
-    if key_mask is None:
-        count = blocks.key_lengths[None, None]
-    else:
-        count = blocks.real_keys(mask.key.tokens).unflatten(-1, (blocks.key_blocks, blocks.key_block)).sum(-1)
-    _operator(query, mean_key, mean_value, count, blocks.lists, blocks.whole, blocks.boundary, blocks.query_lengths,
+    _operator(query, mean_key, mean_value, counts, blocks.lists, blocks.whole, blocks.boundary, blocks.query_lengths,
               blocks.key_lengths, blocks.query_index, out, lse, blocks.query_block, blocks.key_block, scale, kernels)
-    return out, lse
 
 
 def soft_reasons(query: Tensor, mean_value: Tensor, blocks: Blocks) -> list[str]:
@@ -125,6 +161,8 @@ def soft_reasons(query: Tensor, mean_value: Tensor, blocks: Blocks) -> list[str]
         mean_value: (B, H, nk, Dv).
         blocks: the lists.
     """
+    from .attention import triton_reasons  # which imports this module
+
     # Only the head dim of the values is looked at.
     reasons = triton_reasons(query, query, mean_value.transpose(1, 2))
     if blocks.query_block < 16 or blocks.query_block & (blocks.query_block - 1):
@@ -155,29 +193,41 @@ def _operator_shapes(*_: object) -> None:
     """Nothing is returned: what is written has the shapes it had."""
 
 
-def _check(
-    query: Tensor, mean_key: Tensor, mean_value: Tensor, blocks: Blocks, out: Tensor, lse: Tensor, tokens: int
-) -> None:
-    """Raises ValueError, in one line, unless the tensors fit together."""
+def check_means(query: Tensor, mean_key: Tensor, mean_value: Tensor, blocks: Blocks, tokens: int) -> None:
+    """Raises ValueError, in one line, unless means and mask fit the query.
+
+    Args:
+        query: (B, Lq, H, D). mean_key, mean_value: as in `soft_attention`. blocks: the lists.
+        tokens: queries of the mask.
+    """
     if query.dim() != 4 or mean_value.dim() != 4 or query.shape[1] != tokens:
         raise ValueError(f"query is {tuple(query.shape)} and mean_value {tuple(mean_value.shape)}; use "
                          f"(B, {tokens}, H, D) and (B, H, nk, Dv)")
-    B, Lq, H, D = query.shape
+    B, _, H, D = query.shape
     nk, value_dim = blocks.key_blocks, mean_value.shape[3]
-    for name, x, shape in (("mean_key", mean_key, (B, H, nk, D)), ("mean_value", mean_value, (B, H, nk, value_dim)),
-                           ("out", out, (B, Lq, H, value_dim)), ("lse", lse, (B, H, Lq))):
+    for name, x, shape in (("mean_key", mean_key, (B, H, nk, D)), ("mean_value", mean_value, (B, H, nk, value_dim))):
         if tuple(x.shape) != shape:
             raise ValueError(f"{name} is {tuple(x.shape)}; use {shape}")
     for name, index in (("lists", blocks.lists), ("query index", blocks.query_index)):
         if index is not None and (index.shape[0] not in (1, B) or index.shape[1] not in (1, H)):
             raise ValueError(f"mask {name} has batch and heads {tuple(index.shape[:2])}; allowed: (1 or {B}, 1 or {H})")
+    if len({x.device for x in (query, mean_key, mean_value, blocks.lists)}) > 1:
+        raise ValueError(f"query, means and mask are on {query.device}, {mean_key.device} and {blocks.lists.device}; "
+                         "use one device")
+
+
+def _check(query: Tensor, mean_value: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Raises ValueError, in one line, unless what is overwritten fits."""
+    B, Lq, H, _ = query.shape
+    for name, x, shape in (("out", out, (B, Lq, H, mean_value.shape[3])), ("lse", lse, (B, H, Lq))):
+        if tuple(x.shape) != shape:
+            raise ValueError(f"{name} is {tuple(x.shape)}; use {shape}")
     if out.dtype != query.dtype or lse.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"out is {out.dtype} and lse {lse.dtype}; use {query.dtype} and torch.float32")
     if out.stride(3) != 1 or lse.stride(2) != 1:
         raise ValueError("out and lse must be contiguous along their last dimension")
-    if len({x.device for x in (query, mean_key, mean_value, blocks.lists, out, lse)}) > 1:
-        raise ValueError(f"query, means, mask and out are on {query.device}, {mean_key.device}, "
-                         f"{blocks.lists.device} and {out.device}; use one device")
+    if out.device != query.device or lse.device != query.device:
+        raise ValueError(f"query is on {query.device}, out and lse on {out.device} and {lse.device}; use one device")
 
 
 def _merge_plain(

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from ..blockmask import BlockLayout, BlockMask
 from ..grid import TokenGrid
-from ..kernels.soft import merge_soft_blocks
-from ..operators import Attend, Operator
+from ..operators import Attend, Operator, means_of
 from ..order import video_blocks
-from ..patterns import build_mask, heads_of, join_heads, pick
+from ..patterns import build_mask, join_heads, pick
 from ..routing import route_means
 from ..selection import Rule, rows_kept
 from ..session import SparseFallbackError
@@ -94,20 +93,11 @@ class Group:
 
     def run(self, call: Call, attend: Attend) -> tuple[Tensor, Tensor]:
         """out (B, L, h, Dv) and LSE (B, h, L) of the group's heads; `call` is theirs."""
-        out, lse = attend(call.query, call.key, call.value, self.mask)
         if not self.soft:
-            return out, lse
+            return attend(call.query, call.key, call.value, self.mask)
         # Of all heads: ranking has pooled the keys already, and often the values.
-        key, value = (call.block_mean(name, self.mask.key) for name in ("key", "value"))
-        if len(self.soft) == call.query.shape[2]:
-            return merge_soft_blocks(call.query, key, value, self.mask, out, lse, scale=call.scale,
-                                     key_mask=call.key_mask)
-        index = call.head_index(self.soft)
-        query, some = (x.index_select(2, index) for x in (call.query, out))
-        key, value, some_lse = (x.index_select(1, index) for x in (key, value, lse))
-        merge_soft_blocks(query, key, value, heads_of(self.mask, index), some, some_lse, scale=call.scale,
-                          key_mask=call.key_mask)
-        return out.index_copy_(2, index, some), lse.index_copy_(1, index, some_lse)
+        some = None if len(self.soft) == call.query.shape[2] else call.head_index(self.soft)
+        return attend(call.query, call.key, call.value, self.mask, soft=means_of(call, self.mask, some))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@
 // before it, and the softmax runs under the latter.
 //
 // Macros: WIDTH, head dim in shared memory, 64 or 128. STAGES, how many blocks are in the ring, keys and values
-// together. PERMUTED, queries and outputs go through an index. FP16, the type of the activations, else bfloat16.
+// together. PERMUTED, queries and outputs go through an index. FP16, the type of the activations, else bfloat16. SOFT,
+// blocks that are not listed enter the softmax as their means, and how many key blocks there may be.
 #include "producer.cuh"
 
 // Where the source waits for the output of the block before: ahead of the exponentials, or after them. Wherever it
@@ -46,6 +47,50 @@ __device__ __forceinline__ void cut(float (&score)[KEYS / 2], int length, int la
 #pragma unroll
     for (int i = 0; i < KEYS / 2; i++)
         if (i / 4 * 8 + i % 2 >= (i / 4 * 8 < KEY_BLOCK ? left : left_of_second)) score[i] = -INFINITY_;
+}
+
+#ifdef SOFT
+// Adds to the scores of one chunk of means what makes each as heavy as its block's keys; -inf for what is left out.
+__device__ __forceinline__ void soften(float (&score)[KEYS / 2], const Arguments& arguments, const Tile& here,
+                                       int chunk, int lane) {
+    const int odd = here.odd[chunk];
+    const float most = here.bias[chunk];
+    const float* bias = arguments.mean_bias + here.batch * arguments.bias_b + here.head * arguments.bias_h +
+                        chunk * KEYS + lane % 4 * 2;
+    auto add = [&](int j, float first, float second) {
+        const uint32 left_out = here.left_out[chunk * (KEYS / 32) + j / 4] >> (j % 4 * 8 + lane % 4 * 2);
+        if (left_out & 1) first = -INFINITY_;
+        if (left_out & 2) second = -INFINITY_;
+        score[4 * j] += first;
+        score[4 * j + 1] += second;
+        score[4 * j + 2] += first;
+        score[4 * j + 3] += second;
+    };
+    if (odd == MANY_ODD) {
+#pragma unroll
+        for (int j = 0; j < KEYS / 8; j++) add(j, bias[8 * j], bias[8 * j + 1]);
+    } else {
+#pragma unroll
+        for (int j = 0; j < KEYS / 8; j++) add(j, most, most);
+    }
+    if (odd < 0) return;
+    const float more = here.odd_bias[chunk];
+#pragma unroll
+    for (int i = 0; i < KEYS / 2; i++)
+        if (odd - lane % 4 * 2 == i / 4 * 8 + i % 2) score[i] += more;
+}
+#endif
+
+// What a step's length asks of its scores.
+__device__ __forceinline__ void adjust(float (&score)[KEYS / 2], const Arguments& arguments, const Tile& here,
+                                       int length, int lane) {
+#ifdef SOFT
+    if (length < 0) {
+        soften(score, arguments, here, ~length, lane);
+        return;
+    }
+#endif
+    if (length != FULL) cut(score, length, lane);
 }
 
 // What a thread knows of its two rows: the number that scores are measured from, and its part of the sum of weights.
@@ -128,7 +173,9 @@ __device__ __forceinline__ void take_output(float (&out)[WIDTH / 2], int stage, 
 // Scores and softmax of the block at `place`, output of the block before it.
 template <bool TESTED>
 __device__ __forceinline__ void step(float (&score)[KEYS / 2], float (&out)[WIDTH / 2], uint32 (&weight)[KEYS / 4],
-                                     Rows& rows, uint64 query, Place& place, float scale_log2, int lane) {
+                                     Rows& rows, uint64 query, Place& place, const Arguments& arguments,
+                                     const Tile& here, int lane) {
+    const float scale_log2 = arguments.scale_log2;
     const Place key = place;
     place.next();
     const Place value = place;
@@ -145,7 +192,7 @@ __device__ __forceinline__ void step(float (&score)[KEYS / 2], float (&out)[WIDT
         const int length = shared().lengths[key.stage];
         __syncwarp();  // all lanes have read it
         give_back(key.stage, lane);
-        if (length != FULL) cut(score, length, lane);
+        adjust(score, arguments, here, length, lane);
     } else {
         give_back(key.stage, lane);
     }
@@ -248,7 +295,7 @@ __device__ __forceinline__ void consume(const Arguments& arguments, int group, i
             __syncwarp();
             give_back(place.stage, lane);
             place.next();
-            if (length != FULL) cut(score, length, lane);
+            adjust(score, arguments, here, length, lane);
             largest(score, rows, rows.base);
             weigh<true>(score, rows, scale_log2);
             pack_all(weight, score);
@@ -262,10 +309,10 @@ __device__ __forceinline__ void consume(const Arguments& arguments, int group, i
             int i = 1;
 #pragma unroll 1
             for (; i < whole; i++)
-                step<false>(score, out, weight, rows, query, place, scale_log2, lane);
+                step<false>(score, out, weight, rows, query, place, arguments, here, lane);
 #pragma unroll 1
             for (; i < real; i++)
-                step<true>(score, out, weight, rows, query, place, scale_log2, lane);
+                step<true>(score, out, weight, rows, query, place, arguments, here, lane);
             await(place);
             wgmma_fence();
             start_output(out, weight, place.stage);

@@ -16,6 +16,10 @@ constexpr bool IN_8_BITS = true;
 #else
 constexpr bool IN_8_BITS = false;
 #endif
+#ifdef SOFT
+constexpr int MOST_CHUNKS = SOFT / KEYS;        // SOFT: the most key blocks of a call with soft blocks
+constexpr int NO_ODD = -1, MANY_ODD = -2;
+#endif
 constexpr int ROW = IN_8_BITS ? 128 : 64;      // numbers that a row of shared memory holds
 constexpr int HALVES = WIDTH / ROW;
 constexpr uint32 HALF_BYTES = 128 * 128;       // a row of each of the queries, or keys
@@ -31,6 +35,9 @@ constexpr float LN_2 = 0.6931471805599453f;
 
 struct Arguments {
     TensorMap query, key, value, out;  // over (D, tokens, heads, batch); query and out only without an index
+#ifdef SOFT
+    TensorMap mean_key, mean_value;    // over (D, key blocks, heads, batch)
+#endif
     const char* query_rows;            // (batch, tokens, heads, D) by strides; only with an index
     char* out_rows;                    // (batch, tokens, heads, value_dim), contiguous; only with an index
     float* lse;                        // (batch, heads, tokens)
@@ -51,6 +58,12 @@ struct Arguments {
     const float* value_scale;          // (batch, heads, value_dim)
     const float* shift;                // (batch, heads, query slots), added to the log-sum-exp
 #endif
+#ifdef SOFT                            // blocks that a tile does not list enter its softmax as their means
+    int32 chunks;                      // of `KEYS` means
+    const float* mean_bias;            // (batch, heads, chunks * KEYS) by strides, what is added to their scores
+    const int32* soft_heads;           // (heads): 0 where such blocks are dropped; null: nowhere
+    int64 bias_b, bias_h;
+#endif
 };
 
 static_assert(sizeof(Arguments) == ARGUMENT_BYTES, "the launcher's structure is another one");
@@ -61,13 +74,20 @@ struct Tile {
     int32 whole, real;                      // steps of `PARTS` blocks: without a test, and all; -1: no tile is left
     int32 listed[32], lengths[32];          // the first of them
     float factors[32];                      // of their scores, in 8 bits
+#ifdef SOFT
+    int32 chunks;                           // steps of means at the end, among `real`
+    uint32 left_out[MOST_CHUNKS * KEYS / 32];  // a bit for every block that is listed, or has no keys
+    float bias[MOST_CHUNKS];                // of the chunk's means,
+    int32 odd[MOST_CHUNKS];                 // but for one, or NO_ODD, MANY_ODD
+    float odd_bias[MOST_CHUNKS];            // which has so much more
+#endif
 };
 
 struct Shared {
     uint64 ready[STAGES], free[STAGES];
     uint64 query_ready[SLOTS], query_free[SLOTS];
     uint64 tile_ready[SLOTS], tile_free[SLOTS];
-    int32 lengths[STAGES];  // keys of the blocks in the ring, of the second one above 16 bits
+    int32 lengths[STAGES];  // keys of the blocks in the ring, of the second one above 16 bits; ~chunk: means
     float factors[STAGES];  // and of their scores, in 8 bits
     int32 tokens[SLOTS][QUERIES];  // of the queries, -1 for padding; only with an index
     Tile tiles[SLOTS];
@@ -122,6 +142,51 @@ __device__ __forceinline__ float factor_of(const Arguments& arguments, int batch
 #endif
 }
 
+#ifdef SOFT
+// What is added to the scores of a head's means, boiled down: blocks are equally long but for one or two, so that the
+// consumers need not read a number for each of their columns. Starts the bits of what is left out.
+__device__ __forceinline__ void boil_down(Tile& here, const float* bias, int chunks, int lane) {
+    for (int chunk = 0; chunk < chunks; chunk++) {
+        float mine[4], most = -INFINITY_;
+#pragma unroll
+        for (int u = 0; u < 4; u++) {
+            mine[u] = bias[chunk * KEYS + u * 32 + lane];
+            most = fmaxf(most, mine[u]);
+        }
+#pragma unroll
+        for (int bit = 1; bit < 32; bit *= 2) most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFF, most, bit));
+        int count = 0, odd = NO_ODD;
+        float more = 0.0f;
+#pragma unroll
+        for (int u = 0; u < 4; u++) {
+            const bool absent = mine[u] == -INFINITY_, differs = !absent && mine[u] != most;
+            const uint32 empty = __ballot_sync(0xFFFFFFFF, absent), others = __ballot_sync(0xFFFFFFFF, differs);
+            if (lane == 0) here.left_out[chunk * 4 + u] = empty;
+            if (others) odd = u * 32 + __ffs(others) - 1;
+            count += __popc(others);
+            if (differs) more = mine[u] - most;
+        }
+        if (count == 1 && more != 0.0f) here.odd_bias[chunk] = more;
+        if (lane == 0) {
+            here.bias[chunk] = most;
+            here.odd[chunk] = count > 1 ? MANY_ODD : odd;
+        }
+    }
+}
+
+// Notes which blocks a tile lists, and how many steps of means come after them.
+__device__ __forceinline__ int mark(const Arguments& arguments, Tile& here, const int32* list, int listed, int batch,
+                                    int head, int lane) {
+    const bool soft = arguments.soft_heads == nullptr || arguments.soft_heads[head];
+    if (lane == 0) here.chunks = soft ? arguments.chunks : 0;
+    if (!soft) return 0;
+    boil_down(here, arguments.mean_bias + batch * arguments.bias_b + head * arguments.bias_h, arguments.chunks, lane);
+    __syncwarp();
+    for (int i = lane; i < listed; i += 32) atomicOr(&here.left_out[list[i] / 32], 1u << list[i] % 32);
+    return arguments.chunks;
+}
+#endif
+
 // Writes the tiles of this program, one ahead of the consumers.
 __device__ __forceinline__ void schedule(const Arguments& arguments, int lane) {
     int tile = blockIdx.x;
@@ -144,13 +209,18 @@ __device__ __forceinline__ void schedule(const Arguments& arguments, int lane) {
             here.listed[lane] = listed;
             here.lengths[lane] = lane < real ? arguments.key_lengths[listed] : 0;
             if (IN_8_BITS) here.factors[lane] = lane < real ? factor_of(arguments, batch, head, block, listed) : 0.0f;
+#ifdef SOFT
+            const int chunks = mark(arguments, here, list, real, batch, head, lane);
+#else
+            const int chunks = 0;
+#endif
             if (lane == 0) {
                 here.batch = batch;
                 here.head = head;
                 here.block = block;
                 here.listed_blocks = real;
                 here.whole = whole / PARTS;
-                here.real = (real + PARTS - 1) / PARTS;
+                here.real = (real + PARTS - 1) / PARTS + chunks;
             }
         } else if (lane == 0) {
             here.real = -1;
@@ -196,6 +266,29 @@ __device__ __forceinline__ void copy_values(const Arguments& arguments, Place pl
     copy_block(&arguments.value, place, IN_8_BITS ? row.first : 0, IN_8_BITS ? Begin{0, 0} : row, head, batch, 0, 0.0f);
 }
 
+#ifdef SOFT
+// Copies the means after the listed blocks, in the same order: first come the values at `last`, those of the last
+// listed block.
+template <bool KEYS_TOO, bool VALUES_TOO>
+__device__ __forceinline__ void produce_means(const Arguments& arguments, Place& place, Begin last, bool any_listed,
+                                              int chunks, int head, int batch) {
+#pragma unroll 1
+    for (int i = 0; i <= chunks; i++) {
+        if (i < chunks) {
+            if (KEYS_TOO)
+                copy_block(&arguments.mean_key, place, 0, {i * KEYS, i * KEYS + KEY_BLOCK}, head, batch, ~i, 0.0f);
+            place.next();
+        }
+        if (i || any_listed) {
+            const Begin row = i ? Begin{(i - 1) * KEYS, (i - 1) * KEYS + KEY_BLOCK} : last;
+            if (VALUES_TOO)
+                copy_block(i ? &arguments.mean_value : &arguments.value, place, 0, row, head, batch, 0, 0.0f);
+            place.next();
+        }
+    }
+}
+#endif
+
 // Copies keys and values, or one of them, in the order in which they are used: keys 0, keys 1, values 0, keys 2,
 // values 1, ...
 template <bool KEYS_TOO = true, bool VALUES_TOO = true>
@@ -207,6 +300,9 @@ __device__ __forceinline__ void produce(const Arguments& arguments, int lane) {
         const Tile& here = await_tile(slot, phase);
         const int real = here.real, batch = here.batch, head = here.head, block = here.block;
         const int blocks = here.listed_blocks;
+#ifdef SOFT
+        const int chunks = here.chunks;
+#endif
         if (real < 0) return;
         // 32 entries of the list at a time, one per lane, the next ones on their way.
         int listed = here.listed[lane], length = here.lengths[lane], next_listed = 0, next_length = 0;
@@ -259,10 +355,14 @@ __device__ __forceinline__ void produce(const Arguments& arguments, int lane) {
                 previous = row;
             }
         }
+#ifdef SOFT
+        if (lane == 0) produce_means<KEYS_TOO, VALUES_TOO>(arguments, place, previous, blocks > 0, chunks, head, batch);
+#else
         if (lane == 0 && real) {
             if (VALUES_TOO) copy_values(arguments, place, previous, head, batch);
             place.next();
         }
+#endif
         __syncwarp();
     }
 }

@@ -17,7 +17,7 @@ from dit_sparse.eval import tuned, tuned_tables
 from dit_sparse.eval.attention_time import read_times
 from dit_sparse.eval.density_search import Prior, at_psnr, found_at, is_far, next_density, on_line
 from dit_sparse.eval.tuned import Evaluation
-from dit_sparse.eval.tuned_work import EARLIER, OutOfTimeError, Plan, earlier, plan_cost
+from dit_sparse.eval.tuned_work import Cost, OutOfTimeError, Plan, earlier, plan_cost
 from dit_sparse.grid import TokenGrid
 from dit_sparse.tuning.candidates import DENSE, Candidate
 from dit_sparse.tuning.cost import CostTable
@@ -97,8 +97,44 @@ def test_a_search_needs_few_runs_and_says_how_it_ended() -> None:
     assert 0.05 < at_psnr(falling, 31.0) < 0.3 and math.isfinite(on_line([(0.3, 30.0)], 0.1))
 
 
+def test_where_a_curve_turns_back_a_line_across_it_is_a_guess() -> None:
+    """Densities as they were counted need not rise with what was asked for: runs on both sides are those by PSNR."""
+    turning = [(0.09, 28.8), (0.2, 26.3), (0.37, 27.1), (1.0, 58.0)]
+    far, near = found_at(turning, 30.0), found_at(turning, 26.7)
+    assert far is not None and far.how == "guessed" and near is not None and near.how == "interpolated"
+    assert next_density([(0.05, 25.0), (1.0, 58.0)], 30.0) == pytest.approx(0.05**0.5, abs=1e-4), "half-way"
+
+
+def test_beyond_all_runs_the_earlier_curve_leads_on() -> None:
+    prior = [(0.05, 25.0), (0.1, 28.0), (0.2, 31.0)]
+    runs = [(0.1, 27.5), (0.12, 27.6)]  # their own line would lead to 1
+    assert next_density(runs, 30.6, prior) == pytest.approx(0.12 * 2 ** ((30.6 - 27.6) / 3), rel=0.02)
+
+
+def test_a_method_that_cannot_be_so_sparse_counts_with_its_fastest_run(tmp_path: Path) -> None:
+    run, _ = evaluation(tmp_path, Fake())
+    name = (PLAN.methods or ())[0]
+    points = [tuned.Point(0.02, 0.27, 33.0, Cost(50.0, 90.0)), tuned.Point(0.1, 0.3, 34.0, Cost(60.0, 99.0))]
+    run.points = lambda _: points  # type: ignore[method-assign]
+    found, cost = tuned.at_psnr(run, name, 27.0)
+    assert found is not None and (found.how, found.density, found.psnr) == ("fewest", 0.27, 33.0)
+    assert cost == Cost(50.0, 90.0) and not run._is_rough(name, 27.0)
+    found, _ = tuned.at_psnr(run, name, 33.5)
+    assert found is not None and found.how == "interpolated"
+
+
+def test_the_tables_of_an_earlier_run_lead_the_search_where_they_are_no_guess() -> None:
+    rows = [dict(method="sol", density=0.05, psnr=26.0, how="interpolated"),
+            dict(method="sol", density=0.1, psnr=30.0, how="measured"),
+            dict(method="svg", density=0.9, psnr=34.0, how="guessed"),
+            dict(method="svg", density=0.2, psnr=30.0, how="measured")]
+    curves = {"sol": ((0.1, 20.0), (0.2, 21.0)), "svg": ((0.1, 22.0),)}
+    prior = Prior(("sol", "svg"), curves).with_tuned({"sections": [{"rows": rows}]})
+    assert prior.curves == {"sol": ((0.05, 26.0), (0.1, 30.0)), "svg": ((0.1, 22.0),)} and prior.names == ("sol", "svg")
+
+
 def test_methods_come_in_the_order_of_the_earlier_comparison() -> None:
-    prior = Prior.of_table(json.loads(EARLIER.read_text()))
+    prior = earlier()
     assert prior.names.index("sol") < prior.names.index("svg") and len(prior.curves["sol"]) >= 2
     names = Plan().names(prior)
     assert names[0] == prior.names[0] and "radial" not in names and {"sol", "svg", "draft"} <= set(names)

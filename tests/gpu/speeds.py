@@ -24,7 +24,7 @@ Log = Callable[[str], None]
 # What the portable kernel must reach, from the prototype: 32,768 tokens, 12 heads of 128, bf16, density 0.25.
 TARGET_TFLOPS = 450
 # FlashAttention-4 4.0.0b36, block-sparse, with the same shape on an H200: another run, so that it is only a guide.
-FLASH4 = {1.0: 666, 0.5: 644, 0.25: 628, 0.1: 604}
+FLASH4 = {1.0: 673, 0.5: 653, 0.25: 616, 0.1: 549}
 
 
 def noted(log: Log, rows: Iterable[speed.Row]) -> Iterator[speed.Row]:
@@ -174,17 +174,40 @@ def peers(log: Log) -> list[dict[str, Any]]:
                 keep = speed.random_keep(heads, layout.blocks, layout.blocks, density, "cuda")
                 mask = BlockMask.from_dense(keep, layout, layout)
                 listed, found = Blocks.from_mask(mask), mask.density().item()
+                if density == 0.25:
+                    quarter = listed, keep, found
                 calls = {"hopper": partial(block_sparse_attention_hopper, query, key, value, listed, dim**-0.5)}
                 calls |= {peer.name: call for peer in others
                           if peer.sparse and peer.name in some and (call := prepared(peer, keep))}
                 for name, took in speed.in_turn(calls, "cuda").items():
                     yield row(f"random {density}", name, found, took, base)
+        calls = {"hopper": partial(block_sparse_attention_hopper, query, key, value, quarter[0], dim**-0.5)}
+        calls |= {peer.name: call for peer in others
+                  if peer.name == "FlashAttention-4" and peer.sparse and (call := prepared(peer, quarter[1]))}
+        for name, took in speed.in_turn(calls | in_8_bits(query, key, value, quarter[0]), "cuda").items():
+            yield row("random 0.25, beside 8 bits", name, quarter[2], took, base)
 
     def row(what: str, name: str, density: float, took: float, base: float) -> speed.Row:
         return speed.Row(tokens, heads, dim, 1, "bf16", 128, what, name, density, took,
                          4 * heads * dim * tokens**2 * density / took / 1e9, base / took)
 
     return [dataclasses.asdict(x) for x in noted(log, measured())]
+
+
+def in_8_bits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: Blocks
+              ) -> dict[str, Callable[[], Any]]:
+    """The 8-bit kernels on a call, quantised before and with the quantising."""
+    from dit_sparse.kernels import fp8, quantise
+
+    tokens, dim = query.shape[1], query.shape[3]
+    scale, plan = dim**-0.5, fp8.fp8_plan(blocks, tokens, dim, dim)
+    calls: dict[str, Callable[[], Any]] = {}
+    for scores in quantise.SCORES:
+        made = quantise.quantise(query, key, value, blocks, scale, scores=scores)
+        calls[f"{scores}, quantised before"] = partial(fp8.attend, made, blocks, plan, scale, tokens, query.dtype)
+        calls[f"{scores}, quantising included"] = partial(fp8.block_sparse_attention_fp8, query, key, value, blocks,
+                                                          scale, scores=scores)
+    return calls
 
 
 def hopper_variants(densities: tuple[float, ...], dense_ms: float) -> Iterator[speed.Row]:

@@ -22,10 +22,11 @@ from dit_sparse.kernels.hopper_cuda import variant  # noqa: E402
 from tests.kernels.offline_compile import read_figures  # noqa: E402
 
 BF16, FP16 = torch.bfloat16, torch.float16
-CASES: dict[str, tuple[torch.dtype, int, bool, int]] = {
-    f"{name}-{dim}{'-permuted' * permuted}{'-64-keys' * (keys == 64)}": (dtype, dim, permuted, keys)
+CASES: dict[str, tuple[torch.dtype, int, bool, int, bool]] = {
+    f"{name}-{dim}{'-permuted' * permuted}{'-64-keys' * (keys == 64)}{'-soft' * soft}":
+    (dtype, dim, permuted, keys, soft)
     for name, dtype in (("bf16", BF16), ("fp16", FP16)) for dim in (64, 128) for permuted in (False, True)
-    for keys in (128, 64)
+    for keys in (128, 64) for soft in (False, True)
 }
 # Output and queries of the 8-bit kernel.
 CASES_8: dict[str, tuple[torch.dtype, torch.dtype]] = {
@@ -41,8 +42,8 @@ def problem(case: str) -> tuple[str, str]:
     if case in CASES_8:
         macros, source, numbers = fp8_cuda.variant(*CASES_8[case]), "attention_fp8.cu", 32
     else:
-        dtype, dim, permuted, keys = CASES[case]
-        macros, source, numbers = variant(dtype, dim, dim, permuted, keys), "attention.cu", 16
+        dtype, dim, permuted, keys, soft = CASES[case]
+        macros, source, numbers = variant(dtype, dim, dim, permuted, keys, soft), "attention.cu", 16
     code, log = nvrtc.compile_source(source, macros, (*nvrtc.OPTIONS, "--ptxas-options=-v"))
     figures = read_figures(code, macros["SHARED_BYTES"])
     # A matrix instruction takes so many columns, or keys; scores and outputs stand three times in the code.

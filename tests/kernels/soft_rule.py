@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,8 +11,10 @@ from torch import Tensor
 
 from dit_sparse import scoring
 from dit_sparse.blockmask import BlockMask
+from dit_sparse.kernels.attention import block_sparse_attention
+from dit_sparse.kernels.blocks import Blocks
 from dit_sparse.kernels.reference import soft_reference
-from dit_sparse.kernels.soft import merge_soft_blocks, soft_attention
+from dit_sparse.kernels.soft import merge_soft_blocks, soft_attention, soft_means
 from tests.kernels.cases import Case, Inputs, build
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
@@ -32,6 +36,17 @@ CASES = [
     Case(200, 4200, key_block=16, head_dim=64, heads=1, dtype=FP16),
 ]
 
+# What the Hopper kernel in CUDA C++ computes beside the listed blocks; more means than one step takes, rows that list
+# all or nothing, short blocks.
+TOGETHER_CASES = [
+    Case(150, 1023, head_dim=64, dtype=BF16, query_block=128, key_block=128),
+    Case(65, 8600, head_dim=64, dtype=BF16, query_block=128, key_block=64, lists="shared"),
+    Case(129, 400, head_dim=96, dtype=FP16, query_block=128, key_block=64, order="heads"),
+    Case(129, 300, batch=2, head_dim=128, dtype=BF16, query_block=128, key_block=128, order="permuted", lists="all",
+         strided=True),
+    Case(1, 1, head_dim=128, dtype=BF16, query_block=128, key_block=128),
+]
+
 
 def masked_out(device: str = "cpu", **options: Any) -> Inputs:
     """A call in which one block has no key left, and the second batch element none at all."""
@@ -49,9 +64,13 @@ def means_of(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def run(inputs: Inputs, kernels: bool | None) -> tuple[Tensor, Tensor]:
-    """The operator."""
-    return soft_attention(inputs.query, inputs.key, inputs.value, *means_of(inputs), inputs.mask, scale=inputs.scale,
-                          key_mask=inputs.key_mask, kernels=kernels)
+    """The operator; kernels: of the soft blocks, merged after the listed ones; None: as calls run by default."""
+    call = (inputs.query, inputs.key, inputs.value)
+    options = dict(scale=inputs.scale, key_mask=inputs.key_mask)
+    if kernels is None:
+        return soft_attention(*call, *means_of(inputs), inputs.mask, **options)
+    hard = block_sparse_attention(*call, inputs.mask, **options)
+    return merge_soft_blocks(inputs.query, *means_of(inputs), inputs.mask, *hard, **options, kernels=kernels)
 
 
 def merge(inputs: Inputs, kernels: bool | None) -> tuple[Tensor, Tensor]:
@@ -106,3 +125,24 @@ def plain_parts(inputs: Inputs) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Te
 def inputs_of(case: Case, device: str = "cpu") -> Inputs:
     """The tensors of a case."""
     return build(case, device)
+
+
+def check_together(inputs: Inputs, attend: Callable[..., tuple[Tensor, Tensor]]) -> str:
+    """Listed and soft blocks in one launch of a kernel, of all heads and of the first one alone; "" when right.
+
+    Args:
+        inputs: a call.
+        attend: as `block_sparse_attention_cuda`.
+    """
+    call = (inputs.query, inputs.key, inputs.value, Blocks.from_mask(inputs.mask), inputs.scale)
+    soft = soft_means(*means_of(inputs), inputs.mask)
+    found = attend(*call, soft=soft)
+    if problem := check(inputs, *found):
+        return problem
+    first = torch.zeros(1, dtype=torch.int64, device=inputs.query.device)
+    some, plain = attend(*call, soft=dataclasses.replace(soft, heads=first)), attend(*call)
+    for mixed, of_all, of_none, heads in zip(some, found, plain, (2, 1), strict=True):
+        want = torch.cat([of_all.narrow(heads, 0, 1), of_none.narrow(heads, 1, of_none.shape[heads] - 1)], heads)
+        if not torch.equal(mixed, want):
+            return "soft blocks of the first head alone change another head, or differ from those of all heads"
+    return ""

@@ -18,6 +18,7 @@ from dit_sparse.kernels.hopper_cuda import cuda_reasons, takes_cuda
 from dit_sparse.kernels.hopper_plan import Tuning
 from dit_sparse.kernels.starting import Starting
 from tests.gpu import random_cases
+from tests.kernels import soft_rule
 from tests.kernels.cases import Case, Inputs, build, check
 from tests.kernels.toolchain import needs_assembler, needs_triton
 
@@ -68,11 +69,21 @@ def test_the_ring_and_the_tiles_go_round(case: Case) -> None:
     assert check(inputs, *found) == ""
 
 
+@needs_triton
+@needs_compiler
+@pytest.mark.parametrize("case", soft_rule.TOGETHER_CASES, ids=lambda case: case.name)
+def test_soft_blocks_come_after_the_listed_ones(case: Case) -> None:
+    from tests.kernels.cuda_emulator.emulator import emulated
+
+    with emulated() as attention:
+        assert soft_rule.check_together(build(case, "cpu"), attention) == ""
+
+
 @pytest.mark.slow
 @needs_assembler
 @pytest.mark.skipif(nvrtc_missing(), reason="needs NVRTC (pip install nvidia-cuda-nvrtc)")
 def test_compiles_without_spills_and_with_overlapped_products() -> None:
-    cases = ["bf16-128", "bf16-128-permuted", "bf16-128-64-keys", "fp16-64"]
+    cases = ["bf16-128", "bf16-128-permuted", "bf16-128-64-keys", "fp16-64", "bf16-128-permuted-soft"]
     done = subprocess.run([sys.executable, str(SCRIPT), "--cases", *cases], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count("spills 0") == len(cases), done.stdout + done.stderr[-2000:]
 
@@ -121,6 +132,32 @@ def test_takes_the_calls_it_is_faster_for_and_others_where_asked(
     else:
         assert takes_cuda(*call, CUDA) is True
     assert not counted
+
+
+def test_takes_soft_blocks_with_the_listed_ones_as_far_as_its_shared_memory_goes(
+    counted: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert hopper_cuda.takes_soft(*call_of()) and not hopper_cuda.takes_soft(*call_of(masked=True))
+    monkeypatch.setattr(hopper_cuda, "MOST_SOFT_BLOCKS", call_of()[3].key_blocks - 1)
+    assert not hopper_cuda.takes_soft(*call_of()) and not counted
+
+
+def test_soft_blocks_are_merged_where_the_kernel_does_not_start(
+    counted: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first call of a kind finds out, the next ones know."""
+    inputs = build(FITS, "cpu")
+
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(hopper_cuda, "block_sparse_attention_cuda", fails)
+    monkeypatch.setattr(attention, "_run_hopper", attention._run_reference)
+    monkeypatch.setattr(attention, "_choose", lambda *_: "hopper")
+    with pytest.warns(UserWarning, match="did not start .*no room"):
+        assert soft_rule.check(inputs, *soft_rule.run(inputs, None)) == ""
+    assert soft_rule.check(inputs, *soft_rule.run(inputs, None)) == ""
+    assert sum(counted.values()) == 2
 
 
 def test_tiles_that_are_to_be_copied_as_boxes_go_to_gluon(counted: Counter[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import pytest
@@ -14,8 +15,9 @@ from dit_sparse.bridge import ForwardInfo
 from dit_sparse.grid import TokenGrid
 from dit_sparse.inspect import inspect_method
 from dit_sparse.kernels.attention import block_sparse_attention
+from dit_sparse.kernels.blocks import Blocks
 from dit_sparse.kernels.reference import attention_reference, block_sparse_reference, soft_reference
-from dit_sparse.kernels.soft import soft_attention
+from dit_sparse.kernels.soft import merge_means, soft_attention
 from dit_sparse.methods import build
 from dit_sparse.methods.base import Call
 from dit_sparse.methods.sol import Sol, thresholds
@@ -200,9 +202,7 @@ def test_compensation_beats_dropping() -> None:
     plan = Sol(variance="exact", order="raster", block_size=size).plan(call)
     want, want_lse = attention_reference(query, key, value)
 
-    def attend(*arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
-        return block_sparse_attention(*arguments, scale=call.scale)
-
+    attend = functools.partial(block_sparse_attention, scale=call.scale)
     errors, lses = [], []
     for operator in (plan.operator, Drop()):
         out, lse = operator.run(call, plan.mask, attend)
@@ -278,7 +278,7 @@ def test_means_are_pooled_once_per_call(make_call, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("dit_sparse.methods.base.pool", counting)
     call = make_call(TokenGrid(3, 9, 11))
     plan = build("sol", block_size=32).plan(call)
-    plan.operator.run(call, plan.mask, lambda *arguments: block_sparse_attention(*arguments, scale=call.scale))
+    plan.operator.run(call, plan.mask, functools.partial(block_sparse_attention, scale=call.scale))
     assert [id(x) for x in counted] == [id(x) for x in (call.query, call.key, call.value)]
 
 
@@ -291,7 +291,8 @@ def test_planning_and_soft_blocks_never_wait(make_call, no_waiting) -> None:
     with no_waiting():
         fresh = dataclasses.replace(call)
         plan = method.plan(fresh)
-        plan.operator.run(fresh, mask, lambda *_: (out, lse))
+        plan.operator.run(fresh, mask, lambda query, _key, _value, mask, soft: merge_means(
+            query, soft, Blocks.from_mask(mask, fresh.key_mask), out, lse, fresh.scale))
 
 
 def test_embedded_model_on_an_odd_grid() -> None:

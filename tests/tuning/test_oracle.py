@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from dit_sparse.blockmask import BlockMask
 from dit_sparse.grid import TokenGrid
 from dit_sparse.inspect import planted_call
 from dit_sparse.kernels.attention import block_sparse_attention
@@ -51,9 +52,7 @@ def attended(call: Call, candidate: Candidate) -> Tensor:
         rule = Rule("top_k", kept_blocks(candidate, blocks, call.grid), rows=video, columns=video, near=1)
         mask = lists_of_scores(scores, blocks, blocks, rule)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, m: BlockMask) -> tuple[Tensor, Tensor]:
-        return block_sparse_attention(q, k, v, m, scale=call.scale, key_mask=call.key_mask)
-
+    attend = functools.partial(block_sparse_attention, scale=call.scale, key_mask=call.key_mask)
     return plan.operator.run(call, mask, attend)[0][0]
 
 
@@ -227,9 +226,7 @@ def test_the_plan_of_tune_keeps_what_was_judged(grid: TokenGrid) -> None:
     plan = Tuned(table).plan(call)
     assert plan.mask is not None
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, m: BlockMask) -> tuple[Tensor, Tensor]:
-        return block_sparse_attention(q, k, v, m, scale=call.scale)
-
+    attend = functools.partial(block_sparse_attention, scale=call.scale)
     out = plan.operator.run(call, plan.mask, attend)[0][0, rows]
     dense = attended(call, Candidate("drop", "tile", 1.0))[rows]
     err = (out - dense).square().sum((0, 2)) / dense.square().sum((0, 2))

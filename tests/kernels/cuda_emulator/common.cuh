@@ -125,6 +125,14 @@ template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int bits) {
     return __shfl_sync(mask, value, lane_index() ^ bits);
 }
+inline unsigned __ballot_sync(unsigned mask, bool mine) {
+    unsigned found = 0;
+    for (int lane = 0; lane < 32; lane++) found |= static_cast<unsigned>(__shfl_sync(mask, mine, lane)) << lane;
+    return found;
+}
+inline int __ffs(unsigned x) { return __builtin_ffs(x); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline unsigned atomicOr(unsigned* p, unsigned n) { return __atomic_fetch_or(p, n, __ATOMIC_SEQ_CST); }
 inline int atomicAdd(int* p, int n) { return __atomic_fetch_add(p, n, __ATOMIC_SEQ_CST); }
 inline float __int_as_float(unsigned bits) {
     float x;
