@@ -134,6 +134,7 @@ def rungs(query: Tensor, key: Tensor, value: Tensor, grid: TokenGrid, density: f
     yield Rung("dense (cuDNN)" if prefers_cudnn(query) else "dense", 1.0, lambda: dense_attention(query, key, value))
     yield Rung(portable[0], found, lambda: block_sparse_attention(query, key, value, plain, backend=portable[1]))
     yield rung("Hopper kernel (Gluon)", plain, Tuning(cuda=False))
+    yield rung("Hopper kernel (CUDA C++)", plain, Tuning())
     yield rung(f"Hopper, tiles {tile} as 3-D boxes, padded", mask_of(boxes, [density]), Tuning(ragged_boxes=True))
     yield rung(f"Hopper, tokens in the order of tiles {tile}", mask_of(packed, [density]), Tuning())
     heads_apart = mask_of(raster, uneven(heads, density))

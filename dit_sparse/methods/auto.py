@@ -3,9 +3,11 @@
 Heads differ many times over in the key blocks that they need, so equal budgets give some far too many and others too
 few. Here a few query rows of every head attend to all keys. From these, one ranking of a row's blocks gives the error
 that the head would have at each of about ten budgets. Then blocks go where they lower the layer's error most, until
-its estimate is below a bound that the user names, or until a mean density is spent. Estimates are renewed every few
-steps; the lists themselves are made anew at every step. All of it is ours; the soft blocks are Sol-Attn's (arXiv
-2607.24027), the rows SVG's (2502.01776), and budgets per head were found worth it by AdaSpa (2502.21079) and others.
+its estimate is below a bound that the user names, or until a mean density is spent. A few rows know the curve of one
+head only roughly, so a part of the layer's mean curve is mixed in before blocks are given out. Estimates are renewed
+every few steps; the lists themselves are made anew at every step. All of it is ours; the soft blocks are Sol-Attn's
+(arXiv 2607.24027), the rows SVG's (2502.01776), and budgets per head were found worth it by AdaSpa (2502.21079) and
+others.
 
 Cost at 75,600 tokens, 40 heads of 128, bf16, blocks of 128, 64 rows, density .3, measured on one H200 in November 2026.
 With an estimate 3.0 ms: means and spreads of keys and values .5, the rows' errors 1.4, means of queries .2, scores and
@@ -155,7 +157,8 @@ def lower_hull(errors: Tensor, counts: Tensor) -> Tensor:
     return torch.where(inside, start + (end - start) * share, torch.inf).amin((-3, -2))
 
 
-def spread(errors: Tensor, counts: Tensor, *, mean: float | None = None, limit: Tensor | None = None) -> Tensor:
+def spread(errors: Tensor, counts: Tensor, *, mean: float | None = None, limit: Tensor | None = None,
+           pull: float = 0.0) -> Tensor:
     """Blocks for every head: given out where a block lowers the summed error most, head by head along its curve.
 
     On convex curves this is the best there is, for a number of blocks as well as for a bound. No sort and no running
@@ -166,14 +169,18 @@ def spread(errors: Tensor, counts: Tensor, *, mean: float | None = None, limit: 
         counts: float64 (G,), rising budgets in blocks.
         mean: blocks of a head, mean over the heads; or
         limit: (B,), the bound of the summed error.
+        pull: part of the layer's mean curve in the curves that say whose turn it is, 0 to 1. The bound is on the
+            heads' own errors all the same.
 
     Returns:
         int64 (B, H), from the first to the last of `counts`.
     """
     hull = lower_hull(errors.to(torch.float64), counts)
     heads, size = errors.shape[1], counts.diff().expand(*errors.shape[:2], -1).flatten(1)
-    gain = (hull[..., :-1] - hull[..., 1:]).clamp(min=0).flatten(1)
-    slope = gain / size
+    step = (hull[..., :-1] - hull[..., 1:]).clamp(min=0)
+    gain = step.flatten(1)
+    # A mean of convex curves is convex: no second hull.
+    slope = torch.lerp(step, step.mean(1, keepdim=True), pull).flatten(1) / size
     place = torch.arange(slope.shape[1], device=slope.device)
     mine, other = slope[:, :, None], slope[:, None]
     before = ((other > mine) | (other == mine) & (place < place[:, None])).to(torch.float64)
@@ -182,7 +189,8 @@ def spread(errors: Tensor, counts: Tensor, *, mean: float | None = None, limit: 
         share = left / size
     else:
         left = (hull[..., 0].sum(1) - limit)[:, None] - (before @ gain[..., None])[..., 0]
-        share = torch.where(gain > 0, left / gain.clamp(min=torch.finfo(torch.float64).tiny), 0)
+        # A step that a head's own curve sees nothing in may still have its turn, by the layer's.
+        share = torch.where(gain > 0, left / gain.clamp(min=torch.finfo(torch.float64).tiny), (left > 0).to(left.dtype))
     more = (share.clamp(0, 1) * size).unflatten(1, (heads, -1)).sum(-1)
     return (counts[0] + (more.round() if limit is None else (more - 1e-6).ceil())).to(torch.int64)
 
@@ -202,6 +210,8 @@ class Auto(Method):
             within 0.03 of it on 2,000 tokens and more; `max_error` then has no effect.
         soft: blocks that are not kept enter as their means; False drops them.
         rows: sampled query rows. 64 know one head's error to within 65 % in 95 % of draws, the sum of many better.
+        pull: how far a head's curve is drawn to the mean curve of its layer before blocks are given out: 0 not at all,
+            near 1 all heads get nearly the same. The bound holds for the heads' own errors whatever it is.
         every: steps from one estimate to the next; each new one is averaged with those before.
         order: "morton", "tiles" (boxes) or "raster" (the model's own order).
         block_size: tokens of a block; None chooses by the length of the sequence.
@@ -211,6 +221,7 @@ class Auto(Method):
     density: float | None = None
     soft: bool = True
     rows: int = 64
+    pull: float = 0.25
     every: int = 5
     order: str = "morton"
     block_size: int | None = None
@@ -247,6 +258,7 @@ class Auto(Method):
         check_range(self.name, "max_error", self.max_error, 0, 1)
         if self.density is not None:
             check_range(self.name, "density", self.density, 0, 1, open_low=True)
+        check_range(self.name, "pull", self.pull, 0, 1)
         if not isinstance(self.soft, bool):
             raise ValueError(f"auto: soft={self.soft!r} is not allowed; use True or False")
         for name in ("rows", "every"):
@@ -308,11 +320,11 @@ class Auto(Method):
             errors = (errors + kept["errors"]) / 2
         if self.density is None:
             limit = torch.full((errors.shape[0],), self.max_error**2, dtype=torch.float64, device=call.device)
-            found = spread(errors, counts, limit=limit)
+            found = spread(errors, counts, limit=limit, pull=self.pull)
         else:
             video = video_blocks(blocks, call.grid)
             pairs = map_kept(self.density, video, blocks.blocks - video, count_forced=True)
-            found = spread(errors, counts, mean=pairs / video)
+            found = spread(errors, counts, mean=pairs / video, pull=self.pull)
         kept = {"counts": found, "errors": errors, "weight": weight}
         call.state.keep("budget", kept)
         return kept

@@ -34,13 +34,14 @@ def test_every_rung_computes_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
     on_cpu(monkeypatch, seen)
     query, key, value = torch.randn(3, 1, GRID.tokens, 4, 16).unbind(0)
     found = {rung.name: rung for rung in rungs(query, key, value, GRID, 0.4)}
-    assert len(found) == 9 and next(iter(found)) == "dense"
+    assert len(found) == 10 and next(iter(found)) == "dense"
     for name, rung in found.items():
         out = rung.call()
         out = out[0] if isinstance(out, tuple) else out
         assert out.shape == query.shape and out.isfinite().all(), name
         assert name == "dense" or 0.2 < rung.density < 0.7, name
-    (boxes, ragged), (packed, _), (apart, in_order), (same, longest) = seen[1:]
+    assert [tuning.cuda for _, tuning in seen[:2]] == [False, None] and seen[0][0].lists is seen[1][0].lists
+    (boxes, ragged), (packed, _), (apart, in_order), (same, longest) = seen[2:]
     assert boxes.query_box is not None and ragged.ragged_boxes and packed.query_index is not None
     assert packed.query_blocks < boxes.query_blocks  # no padding
     assert apart is same or torch.equal(apart.lists, same.lists)

@@ -204,17 +204,15 @@ def _activations(
     return view.copy_(fresh)
 
 
-def moved(drawn: Drawn, device: str) -> Drawn:
-    """The call on another device; strides are kept."""
+def moved(inputs: Inputs, device: str) -> Inputs:
+    """A call on another device; strides are kept."""
     def move(x: Tensor) -> Tensor:
         # The memory that a view was cut from goes along.
         room = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).to(device)
         return room.as_strided(x.shape, x.stride(), x.storage_offset())
 
-    inputs = drawn.inputs
     mask = None if inputs.key_mask is None else inputs.key_mask.to(device)
-    return dataclasses.replace(drawn, inputs=Inputs(*map(move, (inputs.query, inputs.key, inputs.value)),
-                                                    inputs.mask.to(device), mask, inputs.scale))
+    return Inputs(*map(move, (inputs.query, inputs.key, inputs.value)), inputs.mask.to(device), mask, inputs.scale)
 
 
 def verdict(inputs: Inputs, out: Tensor, lse: Tensor) -> Tensor:

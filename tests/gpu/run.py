@@ -19,6 +19,7 @@ Under compute-sanitizer set PYTORCH_NO_CUDA_MEMORY_CACHING=1, so that every tens
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import faulthandler
 import importlib
 import itertools
@@ -204,6 +205,15 @@ def run_sanitizer(run: Run, cases: int | None, part: tuple[int, int], stop: Call
     """One small call of every kind, made and compared on the CPU, so that little else runs on the GPU."""
     from tests.gpu import random_cases
 
+    if kernel == "soft":
+        calls = importlib.import_module(KERNELS[kernel][0]).small_calls()
+        names = list(calls)[:cases][part[0] - 1 :: part[1]]
+        run.unit = "calls"
+        for name in names:
+            problem = "" if stop() else calls[name]()
+            (run.failed if problem else run.passed).append(name)
+            run(f"{'FAILED' if problem else 'ok':6} {name} {problem}")
+        return
     kernels, every = random_cases.kernels_of, list(range(len(random_cases.KINDS)))
     if kernel == "cuda":
         kernels, every = random_cases.only_cuda, random_cases.cuda_seeds(0, 2 * len(every))
@@ -214,7 +224,7 @@ def run_sanitizer(run: Run, cases: int | None, part: tuple[int, int], stop: Call
             return
         drawn = random_cases.draw(seed, "cpu", most=200)
         for name, attend in kernels(seed).items():
-            out, lse = attend(random_cases.moved(drawn, "cuda"))
+            out, lse = attend(dataclasses.replace(drawn, inputs=random_cases.moved(drawn.inputs, "cuda")))
             good, *_ = random_cases.verdict(drawn.inputs, out.cpu(), lse.cpu()).tolist()
             (run.passed if good else run.failed).append(f"{name} {seed}")
             run(f"{'ok' if good else 'FAILED':6} {name} seed {seed} ({drawn.kind.name})")

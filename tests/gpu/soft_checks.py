@@ -21,11 +21,12 @@ from dit_sparse.kernels import hopper_plan, nvrtc
 from dit_sparse.kernels.attention import block_sparse_attention
 from dit_sparse.kernels.blocks import Blocks
 from dit_sparse.kernels.hopper_plan import kind_of
-from dit_sparse.kernels.soft import merge_soft_blocks, soft_attention
+from dit_sparse.kernels.soft import merge_soft_blocks, soft_attention, soft_means
 from dit_sparse.memory import Memory
 from dit_sparse.methods import build
 from dit_sparse.methods.base import Call
 from tests.gpu.checks import poisoned
+from tests.gpu.random_cases import moved
 from tests.kernels import soft_rule
 from tests.kernels.cases import Case
 from tests.kernels.soft_rule import BF16, CASES, FP16, check, inputs_of, masked_out, means_of, merge, run
@@ -150,6 +151,21 @@ def _together(log: Callable[[str], None], query: torch.Tensor, key: torch.Tensor
     for what, ms in took.items():
         log(f"{ms:8.3f} ms  {100 * (ms / least - 1):6.2f} % more  {what}, keys in blocks of {mask.key.block_size}, "
             f"density {float(mask.density()):.3f}")
+
+
+def small_calls() -> dict[str, Callable[[], str]]:
+    """Calls with soft blocks in one launch, made and compared on the CPU, for compute-sanitizer."""
+    from dit_sparse.kernels.hopper_cuda import block_sparse_attention_cuda
+
+    def compared(case: Case) -> str:
+        inputs = inputs_of(case, "cpu")
+        there, (key, value) = moved(inputs, "cuda"), (x.cuda() for x in means_of(inputs))
+        soft = soft_means(key, value, there.mask)
+        out, lse = block_sparse_attention_cuda(there.query, there.key, there.value, Blocks.from_mask(there.mask),
+                                               there.scale, soft=soft)
+        return check(inputs, out.cpu(), lse.cpu())
+
+    return {f"soft {case.name}": partial(compared, case) for case in soft_rule.TOGETHER_CASES}
 
 
 def costs(log: Callable[[str], None]) -> None:

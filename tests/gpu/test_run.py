@@ -79,7 +79,7 @@ def test_wrong_results_are_named_by_seed() -> None:
 
 def test_a_call_moved_elsewhere_keeps_numbers_and_steps() -> None:
     drawn = random_cases.draw(5, "cpu")
-    there = random_cases.moved(drawn, "cpu").inputs
+    there = random_cases.moved(drawn.inputs, "cpu")
     for x, y in zip((drawn.inputs.query, drawn.inputs.key), (there.query, there.key), strict=True):
         assert torch.equal(x, y) and x.stride() == y.stride()
 
