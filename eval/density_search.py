@@ -14,6 +14,7 @@ TOLERANCE = 0.15  # dB from the goal that end a search
 LOWEST, HIGHEST = 0.02, 1.0
 SLOPE = 19.6  # dB for ten times the density, where nothing is known; sol on the included model
 GAP, REACH = 3.0, 1.6  # factors of density that a line is believed across two runs, and beyond the last one
+STEP = 1.2  # and beyond the last one while the search goes on: further the earlier curve leads
 FEWEST = "fewest"  # however few blocks are asked for, a method is better than the goal: its fastest run
 _APART = 1.03  # two densities nearer than this factor make the same masks
 
@@ -122,7 +123,7 @@ def next_density(points: Points, goal: float, prior: Points = (), *, tolerance: 
         return None
     if not points:
         wanted = at_psnr(prior, goal) if prior else 0.2
-    elif len(prior) > 1 and (len(points) == 1 or not _spans(points, goal)):
+    elif len(prior) > 1 and (len(points) == 1 or not (_spans(points, goal) or _leads_near(points, goal))):
         # The earlier curve, moved to what the nearest run showed: a line beyond all runs leads far off.
         density, psnr = min(points, key=lambda point: abs(point[1] - goal))
         moved = psnr - on_line(prior, density)
@@ -141,6 +142,13 @@ def next_density(points: Points, goal: float, prior: Points = (), *, tolerance: 
 def _spans(points: Points, psnr: float) -> bool:
     """Whether runs lie on both sides of a PSNR."""
     return min(p for _, p in points) <= psnr <= max(p for _, p in points)
+
+
+def _leads_near(points: Points, psnr: float) -> bool:
+    """Whether the line of the runs reaches a PSNR hardly beyond the nearest of them."""
+    density, _ = min(points, key=lambda point: abs(point[1] - psnr))
+    wanted = at_psnr(points, psnr)
+    return max(wanted / density, density / wanted) <= STEP
 
 
 def found_at(points: Points, goal: float, *, tolerance: float = TOLERANCE) -> Found | None:

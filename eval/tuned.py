@@ -317,7 +317,8 @@ class Evaluation:
                 if goal is None or self.failure(name):
                     continue
                 at, _ = at_psnr(self, name, goal)
-                if self._is_rough(name, goal) and (at is None or next_density(self._line(name), goal) is not None):
+                further = next_density(self._line(name), goal, self.prior.curves.get(name, ()))
+                if self._is_rough(name, goal) and (at is None or further is not None):
                     found.append(f"{name} at {goal:.2f} dB: {'not run' if at is None else f'only {at.how}'}")
         return found
 

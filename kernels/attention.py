@@ -23,7 +23,7 @@ from . import fp8, hopper_cuda, hopper_plan
 from .blocks import Blocks, SoftMeans
 from .dense import dense_attention
 from .reference import block_sparse_reference
-from .soft import check_means, merge_means
+from .soft import check_soft, merge_means
 from .starting import Starting, fallbacks
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def block_sparse_attention(
     blocks = Blocks.from_mask(mask, key_mask)
     _check(query, key, value, blocks, mask.query.tokens, mask.key.tokens, scale)
     if soft is not None:
-        check_means(query, soft.key, soft.value, blocks, mask.query.tokens)
+        check_soft(query, value, soft, blocks, mask.query.tokens)
     fall_back = backend is None
     if backend is None:
         backend = _choose(query, key, value, blocks)
@@ -171,9 +171,10 @@ def _operator(
                     *(None if box is None else tuple(box) for box in (query_box, key_box)))
     if mean_key is not None and mean_value is not None and mean_counts is not None:
         means = SoftMeans(mean_key, mean_value, mean_counts, soft_heads)
+        listed = _run_hopper_or_fall_back if fall_back else _run_hopper
         return hopper_cuda.with_soft_blocks(
             query, key, value, blocks, scale, means,
-            lambda: merge_means(query, means, blocks, *_run_hopper(query, key, value, blocks, scale), scale))
+            lambda: merge_means(query, means, blocks, *listed(query, key, value, blocks, scale), scale))
     run = _run_hopper_or_fall_back if backend == "hopper" and fall_back else _named(backend).run
     return run(query, key, value, blocks, scale)
 

@@ -28,10 +28,11 @@ from .hopper_plan import (
 )
 from .starting import Starting
 
-__all__ = ["block_sparse_attention_cuda", "cuda_reasons", "note", "starting", "takes_cuda", "takes_soft",
-           "with_soft_blocks"]
+__all__ = ["block_sparse_attention_cuda", "cuda_reasons", "note", "soft_starting", "starting", "takes_cuda",
+           "takes_soft", "with_soft_blocks"]
 
-starting = Starting("the Hopper kernel in CUDA C++", "the one in Gluon")
+starting = Starting("the Hopper kernel in CUDA C++", "the kernel in Gluon")
+soft_starting = Starting("the Hopper kernel in CUDA C++ with soft blocks", "listed blocks and a merge of soft ones")
 
 THREADS = 384
 SHARED = 232448
@@ -106,8 +107,10 @@ def takes_cuda(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, tuning
 
 
 def takes_soft(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks) -> bool:
-    """Whether soft blocks of a call are computed by this kernel, beside the listed ones."""
-    return blocks.key_blocks <= MOST_SOFT_BLOCKS and takes_cuda(query, key, value, blocks, Tuning())
+    """Whether soft blocks of a call are computed by this kernel, beside the listed ones. What keeps them from it is
+    counted when the listed ones are computed."""
+    wanted = blocks.key_blocks <= MOST_SOFT_BLOCKS and prefers_cuda(blocks, max(query.shape[3], value.shape[3]))
+    return wanted and not cuda_reasons(query, key, value, blocks)
 
 
 def with_soft_blocks(
@@ -115,18 +118,17 @@ def with_soft_blocks(
     otherwise: Callable[[], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor]:
     """A call that `takes_soft`; what is run where the kernel does not start, counted in `fallbacks`: `otherwise`."""
-    kind = ("soft", *kind_of(query, value, blocks))
-    return starting.run(
-        kind, lambda: block_sparse_attention_cuda(query, key, value, blocks, scale, soft=soft), otherwise)
+    return soft_starting.run(
+        kind_of(query, value, blocks),
+        lambda: block_sparse_attention_cuda(query, key, value, blocks, scale, soft=soft), otherwise)
 
 
 def note() -> str:
     """What to know about this kernel on a machine whose Hopper kernel runs, for the list of backends."""
     if why := nvrtc.missing():
         return f"; all calls run on the kernel in Gluon, as {why}"
-    if failed := starting.failed:
-        return f"; {len(failed)} kind(s) of calls run on the kernel in Gluon: {next(iter(failed.values()))}"
-    return ""
+    return "".join(f"; {len(each.failed)} kind(s) of calls run on {each.other}: {next(iter(each.failed.values()))}"
+                   for each in (starting, soft_starting) if each.failed)
 
 
 def variant(
@@ -206,6 +208,7 @@ def block_sparse_attention_cuda(
 def _add_means(a: Any, soft: SoftMeans, blocks: Blocks, dtype: torch.dtype, scale: float) -> list[Tensor | None]:
     """Writes what the kernel must know of the blocks' means to its arguments; returns what must live until it started.
     """
+    assert blocks.key_blocks <= MOST_SOFT_BLOCKS  # more bits than there is room for
     # (B, H, blocks, D) as (B, blocks, H, D), the dimensions of keys and values
     means = [bulk_readable(x.to(dtype)).transpose(1, 2) for x in (soft.key, soft.value)]
     a.mean_key, a.mean_value = (_describe(x, blocks.key_block) for x in means)

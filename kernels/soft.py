@@ -81,6 +81,9 @@ def soft_means(
     if key_mask is None:
         counts = blocks.key_lengths[None, None]
     else:
+        shape = (mean_key.shape[0], mask.key.tokens)
+        if key_mask.shape != shape or key_mask.dtype != torch.bool:
+            raise ValueError(f"key_mask is {key_mask.dtype} {tuple(key_mask.shape)}; use bool {shape}")
         counts = blocks.real_keys(mask.key.tokens).unflatten(-1, (blocks.key_blocks, blocks.key_block)).sum(-1)
     return SoftMeans(mean_key, mean_value, counts, heads)
 
@@ -214,6 +217,26 @@ def check_means(query: Tensor, mean_key: Tensor, mean_value: Tensor, blocks: Blo
     if len({x.device for x in (query, mean_key, mean_value, blocks.lists)}) > 1:
         raise ValueError(f"query, means and mask are on {query.device}, {mean_key.device} and {blocks.lists.device}; "
                          "use one device")
+
+
+def check_soft(query: Tensor, value: Tensor, soft: SoftMeans, blocks: Blocks, tokens: int) -> None:
+    """`check_means`, and that the means fit the values, their counts the means, and the heads are named as asked.
+
+    Kernels read them by address and check nothing. Numbers on the device are not looked at, so that nothing waits.
+    """
+    check_means(query, soft.key, soft.value, blocks, tokens)
+    B, _, H, _ = query.shape
+    if soft.value.shape[3] != value.shape[3]:
+        raise ValueError(f"mean_value is {tuple(soft.value.shape)}; use {(*soft.value.shape[:3], value.shape[3])}")
+    shape, nk = tuple(soft.counts.shape), blocks.key_blocks
+    if len(shape) != 3 or shape[0] not in (1, B) or shape[1] not in (1, H) or shape[2] != nk:
+        raise ValueError(f"counts of the means are {shape}; use (1 or {B}, 1 or {H}, {nk})")
+    if soft.counts.device != query.device:
+        raise ValueError(f"query is on {query.device}, counts of the means on {soft.counts.device}; use one device")
+    heads = soft.heads
+    if heads is not None and (heads.dim() != 1 or heads.dtype != torch.int64 or heads.device != query.device):
+        raise ValueError(f"heads is {heads.dtype} {tuple(heads.shape)} on {heads.device}; use torch.int64 (h,) on "
+                         f"{query.device}")
 
 
 def _check(query: Tensor, mean_value: Tensor, out: Tensor, lse: Tensor) -> None:

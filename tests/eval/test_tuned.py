@@ -111,6 +111,13 @@ def test_beyond_all_runs_the_earlier_curve_leads_on() -> None:
     assert next_density(runs, 30.6, prior) == pytest.approx(0.12 * 2 ** ((30.6 - 27.6) / 3), rel=0.02)
 
 
+def test_hardly_beyond_the_runs_their_own_line_leads_on() -> None:
+    """The earlier curve's slope is half of theirs: moved, its next step would be too small to be another mask."""
+    prior = [(0.05, 26.0), (0.1, 29.5), (0.2, 33.0)]
+    runs = [(0.1546, 29.06), (0.1437, 28.12)]
+    assert next_density(runs, 27.53, prior) == pytest.approx(0.1372, abs=1e-3)
+
+
 def test_a_method_that_cannot_be_so_sparse_counts_with_its_fastest_run(tmp_path: Path) -> None:
     run, _ = evaluation(tmp_path, Fake())
     name = (PLAN.methods or ())[0]

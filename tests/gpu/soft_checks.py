@@ -68,12 +68,12 @@ def random_calls_together(calls: int = 150) -> str:
 
 def one_launch_is_the_default() -> str:
     """Calls with soft blocks go to the kernel that computes them with the listed ones, and nothing falls back."""
-    from dit_sparse.kernels.hopper_cuda import starting
+    from dit_sparse.kernels.hopper_cuda import soft_starting as starting
     from dit_sparse.kernels.starting import fallbacks
 
     inputs, before = inputs_of(soft_rule.TOGETHER_CASES[3], "cuda"), sum(fallbacks.values())
     run(inputs, None)
-    kind = ("soft", *kind_of(inputs.query, inputs.value, Blocks.from_mask(inputs.mask)))
+    kind = kind_of(inputs.query, inputs.value, Blocks.from_mask(inputs.mask))
     return "" if kind in starting.started and sum(fallbacks.values()) == before else f"left: {starting.failed}"
 
 

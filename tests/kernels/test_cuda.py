@@ -16,6 +16,7 @@ from dit_sparse.kernels import attention, hopper_cuda, nvrtc, starting
 from dit_sparse.kernels.blocks import Blocks
 from dit_sparse.kernels.hopper_cuda import cuda_reasons, takes_cuda
 from dit_sparse.kernels.hopper_plan import Tuning
+from dit_sparse.kernels.soft import soft_attention
 from dit_sparse.kernels.starting import Starting
 from tests.gpu import random_cases
 from tests.kernels import soft_rule
@@ -103,7 +104,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     found = Counter[str]()
     monkeypatch.setattr(starting, "fallbacks", found)
     monkeypatch.setattr(hopper_cuda, "hopper_reasons", lambda *_: [])
-    monkeypatch.setattr(hopper_cuda, "starting", Starting("the Hopper kernel in CUDA C++", "the one in Gluon"))
+    monkeypatch.setattr(hopper_cuda, "starting", Starting("the Hopper kernel in CUDA C++", "the kernel in Gluon"))
+    monkeypatch.setattr(hopper_cuda, "soft_starting", Starting("the same with soft blocks", "a merge"))
     monkeypatch.setattr(nvrtc, "missing", lambda: "")
     return found
 
@@ -139,7 +141,10 @@ def test_takes_soft_blocks_with_the_listed_ones_as_far_as_its_shared_memory_goes
 ) -> None:
     assert hopper_cuda.takes_soft(*call_of()) and not hopper_cuda.takes_soft(*call_of(masked=True))
     monkeypatch.setattr(hopper_cuda, "MOST_SOFT_BLOCKS", call_of()[3].key_blocks - 1)
-    assert not hopper_cuda.takes_soft(*call_of()) and not counted
+    assert not hopper_cuda.takes_soft(*call_of())
+    monkeypatch.undo()
+    monkeypatch.setattr(nvrtc, "missing", lambda: "the compiler NVRTC cannot be loaded: no such file")
+    assert not hopper_cuda.takes_soft(*call_of()) and not counted, "the listed blocks count it, once"
 
 
 def test_soft_blocks_are_merged_where_the_kernel_does_not_start(
@@ -158,6 +163,34 @@ def test_soft_blocks_are_merged_where_the_kernel_does_not_start(
         assert soft_rule.check(inputs, *soft_rule.run(inputs, None)) == ""
     assert soft_rule.check(inputs, *soft_rule.run(inputs, None)) == ""
     assert sum(counted.values()) == 2
+
+
+def test_soft_blocks_reach_the_portable_kernel_where_no_hopper_kernel_starts(
+    counted: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, ran = build(FITS, "cpu"), []
+
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(hopper_cuda, "block_sparse_attention_cuda", fails)
+    monkeypatch.setattr(attention, "_run_hopper", fails)
+    monkeypatch.setattr(attention, "_run_triton", attention._run_reference)
+    monkeypatch.setattr(attention, "triton_reasons", lambda *_: [])
+    monkeypatch.setattr(attention, "_hopper", Starting("the Hopper kernel", "the portable kernel"))
+    monkeypatch.setattr(attention, "_choose", lambda *_: "hopper")
+    with pytest.warns(UserWarning, match="did not start .*no room"):
+        found = soft_attention(inputs.query, inputs.key, inputs.value, *soft_rule.means_of(inputs), inputs.mask,
+                               scale=inputs.scale, on_backend=ran.append)
+    assert soft_rule.check(inputs, *found) == "" and ran == ["triton"]
+
+
+def test_a_machine_without_the_compiler_is_counted_once_a_call(
+    counted: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nvrtc, "missing", lambda: "no NVRTC")
+    assert not hopper_cuda.takes_soft(*call_of()) and not counted
+    assert not takes_cuda(*call_of(), Tuning()) and sum(counted.values()) == 1
 
 
 def test_tiles_that_are_to_be_copied_as_boxes_go_to_gluon(counted: Counter[str]) -> None:
@@ -202,7 +235,7 @@ def test_a_compile_that_fails_leaves_the_calls_to_gluon(
     monkeypatch.setattr(hopper, "_by_gluon", lambda *call: attention._run_reference(*call[:5]))
     arguments = (inputs.query, inputs.key, inputs.value, blocks, inputs.scale)
     why = "the Hopper kernel in CUDA C++ did not start (RuntimeError: attention.cu does not compile: line 3)"
-    with pytest.warns(UserWarning, match="does not compile: line 3.: such calls run on the one in Gluon"):
+    with pytest.warns(UserWarning, match="does not compile: line 3.: such calls run on the kernel in Gluon"):
         assert check(inputs, *hopper.block_sparse_attention_hopper(*arguments)) == ""
     assert check(inputs, *hopper.block_sparse_attention_hopper(*arguments)) == ""
     assert len(tried) == 1 and counted == {why: 2}

@@ -5,6 +5,7 @@ The kernel's tests run in Triton's interpreter, in a process of their own (see t
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 import subprocess
@@ -16,7 +17,7 @@ import torch
 from dit_sparse.blockmask import BlockLayout, BlockMask
 from dit_sparse.kernels.attention import block_sparse_attention, dense_attention
 from dit_sparse.kernels.reference import merge_by_lse, soft_reference
-from dit_sparse.kernels.soft import merge_soft_blocks, soft_attention
+from dit_sparse.kernels.soft import merge_soft_blocks, soft_attention, soft_means
 from tests.kernels.cases import Case
 from tests.kernels.soft_rule import BF16, CASES, FP32, check, inputs_of, masked_out, means_of, merge, run
 from tests.kernels.toolchain import interprets_numpy_2_4, needs_assembler, needs_triton
@@ -102,6 +103,35 @@ def test_what_does_not_fit_is_refused_in_one_line() -> None:
         with pytest.raises(ValueError, match=words) as caught:
             merge_soft_blocks(**arguments)
         assert "\n" not in str(caught.value)
+
+
+def test_means_that_do_not_fit_are_refused_before_a_kernel_reads_them() -> None:
+    inputs = inputs_of(Case(batch=2))
+    mean_key, mean_value = means_of(inputs)
+    fit = soft_means(mean_key, mean_value, inputs.mask)
+    call = (inputs.query, inputs.key, inputs.value, inputs.mask)
+    for change, words in (
+        (dict(value=mean_value[..., :1]), "mean_value is"),
+        (dict(value=torch.cat([mean_value, mean_value], -1)), "mean_value is"),
+        (dict(counts=fit.counts[..., 1:]), "counts of the means are"),
+        (dict(counts=fit.counts.expand(3, 1, -1)), "counts of the means are"),
+        (dict(heads=torch.tensor([0], dtype=torch.int32)), "heads is torch.int32"),
+        (dict(heads=torch.tensor([True, False])), "heads is torch.bool"),
+    ):
+        with pytest.raises(ValueError, match=words) as caught:
+            block_sparse_attention(*call, soft=dataclasses.replace(fit, **change))
+        assert "\n" not in str(caught.value)
+    for key_mask in (torch.ones(2, 238, dtype=torch.bool), torch.ones(2, 239)):
+        with pytest.raises(ValueError, match="key_mask is"):
+            soft_attention(*call[:3], mean_key, mean_value, inputs.mask, key_mask=key_mask)
+
+
+def test_no_head_with_soft_blocks_is_attention_over_the_listed_ones() -> None:
+    inputs = inputs_of(Case(batch=2, order="heads", lists="all"))
+    call, none = (inputs.query, inputs.key, inputs.value), torch.zeros(0, dtype=torch.int64)
+    found = soft_attention(*call, *means_of(inputs), inputs.mask, heads=none)
+    for a, b in zip(found, block_sparse_attention(*call, inputs.mask), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_the_operator_is_a_proper_operator() -> None:
