@@ -147,6 +147,22 @@ def test_takes_soft_blocks_with_the_listed_ones_as_far_as_its_shared_memory_goes
     assert not hopper_cuda.takes_soft(*call_of()) and not counted, "the listed blocks count it, once"
 
 
+@needs_triton
+@needs_compiler
+def test_calls_with_soft_blocks_go_there_by_default(counted: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From `soft_attention` through the operator to the source, computed on the CPU."""
+    from tests.kernels.cuda_emulator.emulator import emulated
+
+    inputs, ran = build(soft_rule.TOGETHER_CASES[3], "cpu"), []
+    monkeypatch.setattr(attention, "_choose", lambda *_: "hopper")
+    with emulated():
+        monkeypatch.setattr(hopper_cuda.nvrtc, "missing", lambda: "", raising=False)
+        found = soft_attention(inputs.query, inputs.key, inputs.value, *soft_rule.means_of(inputs), inputs.mask,
+                               scale=inputs.scale, on_backend=ran.append)
+    assert soft_rule.check(inputs, *found) == "" and ran == ["hopper"]
+    assert len(hopper_cuda.soft_starting.started) == 1 and not hopper_cuda.starting.started and not counted
+
+
 def test_soft_blocks_are_merged_where_the_kernel_does_not_start(
     counted: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
