@@ -95,7 +95,7 @@ def at_psnr(points: Points, psnr: float) -> float:
     slope = (p1 - p0) / math.log(d1 / d0) if d1 != d0 else 0.0
     if slope * math.log(10) < SLOPE / 10:
         slope = SLOPE / math.log(10)
-        d0, p0 = min(points, key=lambda point: abs(point[1] - psnr))
+        d0, p0 = _nearest(points, psnr)
     # Far beyond all runs nothing can be told.
     return min(max(d0 * math.exp(min(max((psnr - p0) / slope, -20.0), 20.0)), 1e-6), 1e6)
 
@@ -125,18 +125,28 @@ def next_density(points: Points, goal: float, prior: Points = (), *, tolerance: 
         wanted = at_psnr(prior, goal) if prior else 0.2
     elif len(prior) > 1 and (len(points) == 1 or not (_spans(points, goal) or _leads_near(points, goal))):
         # The earlier curve, moved to what the nearest run showed: a line beyond all runs leads far off.
-        density, psnr = min(points, key=lambda point: abs(point[1] - goal))
+        density, psnr = _nearest(points, goal)
         moved = psnr - on_line(prior, density)
         wanted = at_psnr([(d, p + moved) for d, p in prior], goal)
     else:
         (low, _), (high, _) = _pair(points, 1, goal)
         # Far apart no line says anything: the middle does.
-        wanted = math.sqrt(low * high) if max(low, high) > GAP * min(low, high) else at_psnr(points, goal)
+        wanted = math.sqrt(low * high) if _is_wide(low, high) else at_psnr(points, goal)
     wanted = round(min(max(wanted, LOWEST), HIGHEST), 4)
     tried = [d for d, _ in points]
     if any(max(d, wanted) / min(d, wanted) < _APART for d in tried):
         return None
     return wanted
+
+
+def _nearest(points: Points, psnr: float) -> tuple[float, float]:
+    """The run whose PSNR is nearest."""
+    return min(points, key=lambda point: abs(point[1] - psnr))
+
+
+def _is_wide(low: float, high: float) -> bool:
+    """Whether two densities lie too far apart for a line between them."""
+    return max(low, high) > GAP * min(low, high)
 
 
 def _spans(points: Points, psnr: float) -> bool:
@@ -146,7 +156,7 @@ def _spans(points: Points, psnr: float) -> bool:
 
 def _leads_near(points: Points, psnr: float) -> bool:
     """Whether the line of the runs reaches a PSNR hardly beyond the nearest of them."""
-    density, _ = min(points, key=lambda point: abs(point[1] - psnr))
+    density, _ = _nearest(points, psnr)
     wanted = at_psnr(points, psnr)
     return max(wanted / density, density / wanted) <= STEP
 
@@ -155,13 +165,13 @@ def found_at(points: Points, goal: float, *, tolerance: float = TOLERANCE) -> Fo
     """What the runs say of the density at a PSNR; None without runs."""
     if not points:
         return None
-    density, psnr = min(points, key=lambda point: abs(point[1] - goal))
+    density, psnr = _nearest(points, goal)
     if abs(psnr - goal) <= tolerance:
         return Found(density, psnr, "measured")
     wanted = min(max(at_psnr(points, goal), 0.001), HIGHEST)
     if _spans(points, goal):
         (low, _), (high, _) = _pair(points, 1, goal)
-        return Found(wanted, goal, "guessed" if max(low, high) > GAP * min(low, high) else "interpolated")
+        return Found(wanted, goal, "guessed" if _is_wide(low, high) else "interpolated")
     away = min(max(d / wanted, wanted / d) for d, _ in points)
     return Found(wanted, goal, "extrapolated" if away <= REACH else "guessed")
 
@@ -169,4 +179,4 @@ def found_at(points: Points, goal: float, *, tolerance: float = TOLERANCE) -> Fo
 def is_far(density: float, known: Sequence[float]) -> bool:
     """Whether the runs on both sides of a density lie too far apart for a line between them."""
     below, above = [d for d in known if d <= density], [d for d in known if d >= density]
-    return bool(below and above) and min(above) > GAP * max(below)
+    return bool(below and above) and _is_wide(max(below), min(above))

@@ -169,13 +169,12 @@ def _operator(
     blocks = Blocks(lists, whole, boundary, query_lengths, key_lengths, query_index, key_index, key_coordinates,
                     query_low, query_high, always, key_mask, query_block, key_block,
                     *(None if box is None else tuple(box) for box in (query_box, key_box)))
+    run = _run_hopper_or_fall_back if backend == "hopper" and fall_back else _named(backend).run
     if mean_key is not None and mean_value is not None and mean_counts is not None:
         means = SoftMeans(mean_key, mean_value, mean_counts, soft_heads)
-        listed = _run_hopper_or_fall_back if fall_back else _run_hopper
         return hopper_cuda.with_soft_blocks(
             query, key, value, blocks, scale, means,
-            lambda: merge_means(query, means, blocks, *listed(query, key, value, blocks, scale), scale))
-    run = _run_hopper_or_fall_back if backend == "hopper" and fall_back else _named(backend).run
+            lambda: merge_means(query, means, blocks, *run(query, key, value, blocks, scale), scale))
     return run(query, key, value, blocks, scale)
 
 
